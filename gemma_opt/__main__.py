@@ -1,0 +1,5 @@
+"""`python -m gemma_opt`."""
+
+from gemma_opt.cli import main
+
+main()

@@ -1,0 +1,149 @@
+"""One build: compress, save, answer once, evaluate, and only then put the folder in its place.
+
+Everything is written into a hidden folder beside the target. The model that is evaluated is the one loaded back from
+that folder through the service, so a checkpoint that cannot be served is never finished.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gemma_opt import checkpoint, gemma, inspection, pipeline
+from gemma_opt.errors import WeightsError
+from gemma_opt.evaluation.perplexity import answer_perplexity, builtin_text, text_perplexity
+from gemma_opt.evaluation.quiz import QuizScore, run_quiz
+from gemma_opt.loading import Source, dense_recipe
+from gemma_opt.policy import plan as make_plan
+from gemma_opt.recipe import Recipe
+from gemma_opt.service import Request, Service
+
+QUIZ_SEED = 1
+PERPLEXITY_PICTURES = 20
+PERPLEXITY_WINDOWS = 16
+OVERHEAD_BYTES = 64 * 2**20  # tokenizer, configs, manifest
+SMOKE_PROMPT = "Hello"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a model can do. perplexity: of right answers about pictures, or (text-only models) of Python's help texts."""
+
+    perplexity: float
+    quiz: QuizScore | None
+
+    def to_json(self) -> dict[str, object]:
+        """Plain dictionary for JSON."""
+        return {"perplexity": self.perplexity, "quiz": self.quiz.to_json() if self.quiz else None}
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build cost and gained. Bytes of weights; base_bytes: of the base model in bfloat16."""
+
+    folder: Path
+    recipe: Recipe
+    seconds: float
+    base_bytes: int
+    bytes: int
+    sparsity: float
+    base_quality: Quality | None
+    quality: Quality | None
+    smoke_answer: str
+
+    def to_json(self) -> dict[str, object]:
+        """Plain dictionary: what quality.json holds."""
+        return {
+            "recipe": self.recipe.name,
+            "seconds": round(self.seconds, 1),
+            "base_bytes": self.base_bytes,
+            "bytes": self.bytes,
+            "sparsity": self.sparsity,
+            "base_quality": self.base_quality.to_json() if self.base_quality else None,
+            "quality": self.quality.to_json() if self.quality else None,
+            "smoke_answer": self.smoke_answer,
+            "device": _device_name(),
+            "versions": checkpoint.versions(),
+        }
+
+
+def build(
+    recipe: Recipe,
+    out: Path,
+    *,
+    base: str | None = None,
+    device: str | None = None,
+    questions: int = 100,
+    progress: pipeline.Progress = pipeline.silent,
+) -> BuildReport:
+    """Compress a recipe's base weights into the finished checkpoint `out`.
+
+    base: other weights for the same recipe (folder or GGUF file). questions: how many pictures base and result are
+    asked about; 0 skips the evaluation of both. Raises UsageError, CheckpointError, EngineError; `out` is then untouched.
+    """
+    started = time.monotonic()
+    place = gemma.device_of(device)
+    files = gemma.locate(recipe.model, base, network=True)
+    loaded = gemma.load_base(files, gemma.DTYPES[recipe.model.dtype], place)
+    needed = make_plan(loaded.model, recipe).bytes + OVERHEAD_BYTES
+    with checkpoint.staging(out, needed) as folder:
+        base_quality = _evaluate_base(str(files.path), device, questions, progress) if questions else None
+        plan = pipeline.compress(loaded.model, recipe, progress)
+        _refuse_broken_logits(loaded.model)
+        layers = inspection.measure(loaded.model, plan)
+        checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, files.identity())
+        parameters = plan.parameters
+        del loaded
+        service = Service.load(Source(recipe, folder), device)
+        try:
+            smoke = "".join(service.stream(Request(prompt=SMOKE_PROMPT, max_new_tokens=16, min_new_tokens=1, temperature=0.0)))
+            quality = _evaluate(service, questions, "evaluate", progress) if questions else None
+        finally:
+            service.close()
+        report = BuildReport(
+            folder=out,
+            recipe=recipe,
+            seconds=time.monotonic() - started,
+            base_bytes=2 * parameters,
+            bytes=checkpoint.weight_bytes(folder),
+            sparsity=inspection.linear_sparsity(layers),
+            base_quality=base_quality,
+            quality=quality,
+            smoke_answer=smoke,
+        )
+        (folder / checkpoint.QUALITY).write_text(json.dumps(report.to_json(), indent=1), "utf-8")
+        checkpoint.seal(folder, checkpoint.read_manifest(folder).with_measured(report.to_json()))
+    return report
+
+
+def _evaluate_base(path: str, device: str | None, questions: int, progress: pipeline.Progress) -> Quality:
+    service = Service.load(Source(dense_recipe(path)), device)
+    try:
+        return _evaluate(service, questions, "evaluate the base", progress)
+    finally:
+        service.close()
+
+
+def _evaluate(service: Service, questions: int, title: str, progress: pipeline.Progress) -> Quality:
+    ready = service.ready
+    if ready.processing.processor is None:
+        return Quality(text_perplexity(ready, builtin_text(), limit=PERPLEXITY_WINDOWS), None)
+    quiz = run_quiz(service, questions, QUIZ_SEED, progress=lambda done, total: progress(title, done, total))
+    return Quality(answer_perplexity(ready, PERPLEXITY_PICTURES, QUIZ_SEED), quiz)
+
+
+@torch.inference_mode()
+def _refuse_broken_logits(model: gemma.GemmaModel) -> None:
+    """One forward before anything is written: a model that answers NaN is not worth a folder."""
+    tokens = torch.arange(2, 18, device=model.get_input_embeddings().weight.device)[None]
+    if not torch.isfinite(model(tokens).logits).all():
+        raise WeightsError("the compressed model's logits are not finite: this recipe breaks this model")
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+

@@ -1,0 +1,259 @@
+"""Finished checkpoints: one folder with everything a compressed model needs, written completely or not at all.
+
+Tensors are plain (no pickles, no tensor subclasses) under transformers' module names; the layout of each format is
+described in README, "Checkpoint folder". The manifest is written last and names every file with its sha256. Loading is
+strict: wrong hash, missing or surplus tensor, or anything left on the meta device is an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gemma_opt import gemma
+from gemma_opt.errors import BaseModelError, CorruptCheckpoint, StorageError
+from gemma_opt.inspection import Layer
+from gemma_opt.policy import Plan, main_parameter, stored_dtype
+from gemma_opt.quantization.weights import empty_like_plan_
+from gemma_opt.recipe import Recipe
+
+MANIFEST = "manifest.json"
+QUALITY = "quality.json"
+SHARD_BYTES = 4 * 10**9
+HEAD = "lm_head.weight"
+
+
+class FileRecord(BaseModel):
+    """Size and hash of one file of the folder."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """manifest.json: what was built, from what, with what, and the hash of every file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Literal[1] = 1
+    recipe_digest: str
+    base: dict[str, object]
+    versions: dict[str, str]
+    plan: list[dict[str, object]]
+    measured: dict[str, object]
+    files: dict[str, FileRecord]
+
+    def with_measured(self, measured: dict[str, object]) -> Manifest:
+        """The same manifest with the build's figures."""
+        return self.model_copy(update={"measured": measured})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint."""
+
+    model: gemma.GemmaModel
+    processing: gemma.Processing
+    recipe: Recipe
+    plan: Plan
+    manifest: Manifest
+
+
+# Writing
+
+
+@contextmanager
+def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
+    """A temporary folder that becomes `out` if the block succeeds and vanishes if it does not.
+
+    Raises StorageError (E3005) before anything is written if the disk has too little room.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < needed_bytes:
+            raise StorageError(f"{out.parent} has {free / 1e9:.1f} GB free, {needed_bytes / 1e9:.1f} GB are needed")
+        folder = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+        folder.mkdir()
+        try:
+            yield folder
+            _replace(folder, out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(f"{out} cannot be written: {os.strerror(error.errno or errno.EIO)}") from None
+
+
+def _replace(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; an older `out` is moved aside first and removed last."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    aside = folder.with_suffix(".old")
+    out.rename(aside)
+    try:
+        folder.rename(out)
+    except OSError:
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside)
+
+
+def write(
+    folder: Path,
+    model: gemma.GemmaModel,
+    processing: gemma.Processing,
+    recipe: Recipe,
+    layers: list[Layer],
+    base: dict[str, object],
+) -> None:
+    """Write a whole checkpoint into an existing folder (see `staging`), the manifest last."""
+    plan = Plan(tuple(layer.row for layer in layers))
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
+    model.config.save_pretrained(folder)
+    if model.generation_config:
+        model.generation_config.save_pretrained(folder)
+    processing.save(folder)
+    _write_shards(folder, stored_tensors(model, plan))
+    rows = [row | {"measured": layer.to_json()} for row, layer in zip(plan.to_json(), layers, strict=True)]
+    seal(folder, Manifest(recipe_digest=recipe.digest(), base=base, versions=versions(), plan=rows, measured={}, files={}))
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES).filename_to_tensors.values()
+    for number, names in enumerate(shards, start=1):
+        file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: tensors[name] for name in names}, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors writes for the owner alone; images and other users must read it
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Record every file's hash and write the manifest, the last file of a folder."""
+    files = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    records = {name: FileRecord(bytes=(folder / name).stat().st_size, sha256=gemma.sha256_of(folder / name)) for name in files}
+    (folder / MANIFEST).write_text(manifest.model_copy(update={"files": records}).model_dump_json(indent=1), "utf-8")
+
+
+def stored_tensors(model: gemma.GemmaModel, plan: Plan) -> dict[str, Tensor]:
+    """The tensors a checkpoint holds: contiguous, on the CPU, floats in the format the plan names. No tied head."""
+    floats = [row for row in plan.rows if row.format not in ("int8", "tied")]
+    formats = {id(main_parameter(model.get_submodule(row.name))): row.format for row in floats}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name == HEAD:
+            continue
+        kept = tensor.detach()
+        if id(tensor) in formats:
+            kept = kept.to(stored_dtype(formats[id(tensor)]))
+        tensors[name] = kept.cpu().contiguous()
+    return tensors
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of a folder's weight files."""
+    return sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was built with."""
+    packages = ("torch", "torchao", "transformers", "safetensors", "gemma-opt")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+# Reading
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder claims to be a finished checkpoint."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """manifest.json. Raises CorruptCheckpoint (E3002)."""
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise CorruptCheckpoint(f"{folder / MANIFEST} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with its recorded size and sha256. Raises CorruptCheckpoint that lists all offenders."""
+
+    def fault(name: str, record: FileRecord) -> str | None:
+        path = folder / name
+        if not path.is_file():
+            return f"{name}: missing"
+        if path.stat().st_size != record.bytes:
+            return f"{name}: {path.stat().st_size:,} bytes, {record.bytes:,} expected"
+        return None if gemma.sha256_of(path) == record.sha256 else f"{name}: wrong sha256"
+
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        faults = [row for row in pool.map(fault, manifest.files, manifest.files.values()) if row]
+    if faults:
+        raise CorruptCheckpoint(f"{folder} is damaged:\n" + "\n".join(faults) + "\nBuild it again with: python -m gemma_opt compress")
+
+
+def load(folder: Path, device: torch.device) -> Checkpoint:
+    """Load a finished checkpoint: hashes, strict tensors, ties. Raises CorruptCheckpoint."""
+    manifest = read_manifest(folder)
+    verify(folder, manifest)
+    recipe = Recipe.load(folder / "recipe.yaml")
+    plan = Plan.from_json([{key: value for key, value in row.items() if key != "measured"} for row in manifest.plan])
+    dtype = gemma.DTYPES[recipe.model.dtype]
+    try:
+        config = gemma.read_config(folder)
+        processing = gemma.load_processing(folder, config)
+        model = gemma.empty_model(config, dtype)
+        model.generation_config = gemma.load_generation_config(folder)
+    except BaseModelError as error:
+        raise CorruptCheckpoint(error.message) from None
+    empty_like_plan_(model, plan)
+    _fill_(model, _read_tensors(folder, device, dtype), folder)
+    return Checkpoint(model.to(device), processing, recipe, plan, manifest)
+
+
+def _read_tensors(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors of all shards; floats in the activations' dtype, scales in float32 as stored."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("model-*.safetensors")):
+        try:
+            tensors |= load_file(file, device=str(device))
+        except SafetensorError as error:
+            raise CorruptCheckpoint(f"{file} cannot be read: {error}") from None
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() and not name.endswith("_scale") else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _fill_(model: gemma.GemmaModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Put the tensors into an empty model, tie the head, and make sure nothing stayed empty."""
+    try:
+        result = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CorruptCheckpoint(f"{folder} does not fit its own config: {str(error).splitlines()[-1].strip()}") from None
+    missing = sorted(set(result.missing_keys) - {HEAD})
+    if missing or result.unexpected_keys:
+        raise CorruptCheckpoint(f"{folder} lacks {missing[:5]} and has unknown {result.unexpected_keys[:5]}")
+    gemma.tie_head_(model)
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise CorruptCheckpoint(f"{folder} left {len(left)} tensors empty: {', '.join(left[:5])}")
+    model.requires_grad_(False).eval()

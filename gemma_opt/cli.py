@@ -1,0 +1,235 @@
+"""The command line: `python -m gemma_opt VERB`. Results on stdout, progress and figures on stderr.
+
+Exit code 0 done, 1 failed, 2 wrong usage (an unknown option, a recipe or request that cannot be served). Every error of
+this package is one line that starts with its code. Verbs import what they need: `--help` starts without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemma_opt.errors import GemmaOptError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from gemma_opt.build import BuildReport
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Gemma 3, compressed once and served fast.")
+
+DEFAULT_MODEL = "small-int8"
+MODEL_HELP = "Finished checkpoint, base model folder, .gguf file, recipe file or packaged recipe's name."
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; the default is CUDA where there is one.")]
+
+
+@app.command()
+def compress(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or a packaged recipe's name.")],
+    base: Annotated[str | None, typer.Option(help="Other base weights: a folder or a .gguf file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Target folder.", show_default="weights_cache/<recipe name>")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in sparsity.0.ratio=0.3.")] = None,
+    questions: Annotated[int, typer.Option(min=0, help="Questions to evaluate base and result with; 0 skips it.")] = 100,
+    force: Annotated[bool, typer.Option("--force", help="Replace a finished checkpoint of another recipe.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a base model into a finished checkpoint. The only verb that downloads (hub ids; token: HF_TOKEN)."""
+    from gemma_opt import checkpoint, loading
+    from gemma_opt.build import build
+    from gemma_opt.recipe import Recipe
+
+    chosen = Recipe.load(recipe, tuple(overrides or ()))
+    target = out or loading.default_folder(chosen)
+    if not force and checkpoint.is_finished(target) and checkpoint.read_manifest(target).recipe_digest == chosen.digest():
+        typer.echo(f"{target} is already built from this recipe (--force builds it again)", err=True)
+        return
+    if target.exists() and not force:
+        raise UsageError(f"{target} exists and was not built from this recipe: choose another --out, or replace it with --force")
+    with _progress() as show:
+        report = build(chosen, target, base=base, device=device, questions=questions, progress=show)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        _print_report(report)
+
+
+@app.command()
+def predict(
+    model: Model = DEFAULT_MODEL,
+    inputs: Annotated[list[str] | None, typer.Option("-i", "--input", metavar="NAME=VALUE", help="prompt=…, image=@file.jpg, temperature=0, …")] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one request, streamed to the terminal. The same inputs as the Cog predictor; @ reads a local file."""
+    from gemma_opt.loading import resolve
+    from gemma_opt.request_inputs import read_inputs
+    from gemma_opt.service import Service
+
+    request = read_inputs(inputs or [])
+    request.sampling()  # wrong numbers are refused before the model is loaded
+    service = Service.load(resolve(model), device)
+    try:
+        reply = service.stream(request)
+        text: list[str] = []
+        for delta in reply:
+            text.append(delta)
+            if not as_json:
+                typer.echo(delta, nl=False)
+    finally:
+        service.close()
+    if as_json:
+        _print_json({"output": "".join(text), "metrics": reply.metrics})
+        return
+    typer.echo()
+    typer.echo(_figures(reply.metrics), err=True)
+
+
+@app.command()
+def inspect(model: Model = DEFAULT_MODEL, device: Device = "cpu", as_json: AsJson = False) -> None:
+    """Show a model layer by layer: role, shape, format, sparsity, scales, bytes."""
+    from gemma_opt.inspection import layer_table, measure, to_json
+    from gemma_opt.loading import open_model, resolve
+
+    ready = open_model(resolve(model), device)
+    layers = measure(ready.model, ready.plan)
+    if as_json:
+        _print_json(to_json(layers))
+        return
+    _console().print(layer_table(ready.recipe.name, layers))
+
+
+@app.command()
+def evaluate(
+    model: Model = DEFAULT_MODEL,
+    charts: Annotated[int, typer.Option(min=0, help="One-word questions about unseen pictures.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which pictures.")] = 1,
+    blank_images: Annotated[bool, typer.Option("--blank-images", help="Show white pictures instead: what is left is guessing.")] = False,
+    text: Annotated[list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Text file: its perplexity. Repeatable.")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a perplexity window, <bos> included.")] = 512,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a model can do: picture questions (--charts) and perplexity (--text)."""
+    from gemma_opt.evaluation.perplexity import text_perplexity
+    from gemma_opt.evaluation.quiz import run_quiz
+    from gemma_opt.loading import resolve
+    from gemma_opt.service import Service
+
+    if not charts and not text:
+        raise UsageError("nothing to measure: give --charts N or --text FILE")
+    texts = {path.name: path.read_text("utf-8") for path in text or ()}
+    service = Service.load(resolve(model), device)
+    result: dict[str, object] = {"model": model}
+    try:
+        with _progress() as show:
+            if charts:
+                quiz = run_quiz(service, charts, seed, blank=blank_images, progress=lambda done, total: show("charts", done, total))
+                result["charts"] = quiz.to_json()
+        if texts:
+            result["perplexity"] = {name: text_perplexity(service.ready, content, window=window) for name, content in texts.items()}
+    finally:
+        service.close()
+    if as_json:
+        _print_json(result)
+        return
+    if charts:
+        kinds = ", ".join(f"{kind} {rate:.0%}" for kind, rate in quiz.by_kind.items())
+        typer.echo(f"charts: {quiz.accuracy:.1%} of {quiz.questions} exact (chance {quiz.chance:.1%}): {kinds}")
+    for name in texts:
+        typer.echo(f"{name}: perplexity {result['perplexity'][name]:.3f}")
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network; put something in front (README, Limits).")] = "127.0.0.1",
+) -> None:
+    """Run the Cog HTTP server without Docker, for GEMMA_OPT_MODEL or GEMMA_OPT_RECIPE."""
+    from gemma_opt.serving import exec_server
+
+    exec_server(host, port)
+
+
+def main() -> None:
+    """Run the command line and turn this package's errors into one line and an exit code."""
+    _quiet_libraries()
+    try:
+        app()
+    except GemmaOptError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2 if isinstance(error, InputError | UsageError) else 1)
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        sys.stdout = None
+        sys.exit(1)
+
+
+def _quiet_libraries() -> None:
+    """Libraries report things at import that are not our user's business; GEMMA_OPT_LOG=debug shows them."""
+    level = os.environ.get("GEMMA_OPT_LOG", "warning").upper()
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if level == "WARNING":
+        for name in ("torchao", "torch.utils._pytree", "transformers"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, one task for each stage it hears of."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, int] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield show
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=1, default=str))
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _figures(metrics: dict[str, int | float | str]) -> str:
+    first, rate = metrics.get("time_to_first_token"), metrics.get("tokens_per_second")
+    parts = [f"{metrics['input_token_count']} tokens in, {metrics['output_token_count']} out", f"ended by {metrics['finish_reason']}"]
+    parts += [f"first token after {float(first):.3f} s"] if first is not None else []
+    parts += [f"{float(rate):.1f} tok/s"] if rate is not None else []
+    return f"[{'; '.join(parts)}; seed {metrics['seed']}]"
+
+
+def _print_report(report: BuildReport) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{report.recipe.name} → {report.folder}", title_justify="left")
+    for heading in ("", "base (bf16)", "compressed"):
+        table.add_column(heading)
+    table.add_row("weights", f"{report.base_bytes / 1e6:,.2f} MB", f"{report.bytes / 1e6:,.2f} MB")
+    table.add_row("zeros in text linears", "", f"{report.sparsity:.2%}")
+    if report.base_quality and report.quality:
+        table.add_row("perplexity", f"{report.base_quality.perplexity:.4f}", f"{report.quality.perplexity:.4f}")
+        if report.base_quality.quiz and report.quality.quiz:
+            title = f"chart answers ({report.quality.quiz.questions})"
+            table.add_row(title, f"{report.base_quality.quiz.accuracy:.1%}", f"{report.quality.quiz.accuracy:.1%}")
+    _console().print(table)
+    typer.echo(f"built in {report.seconds:.0f} s; try: python -m gemma_opt predict {report.folder} -i prompt=… -i image=@picture.png", err=True)

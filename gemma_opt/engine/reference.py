@@ -1,0 +1,133 @@
+"""The reference engine: transformers' own modules, one token at a time, one request at a time.
+
+It defines what is right: its greedy tokens are those of `model.generate`, and every faster engine is compared with it.
+Only the hot submodules a recipe names are compiled. For `decode` the KV cache is static, so that a step has one shape.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from transformers import Cache, DynamicCache, StaticCache
+
+from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
+from gemma_opt.engine.interface import EngineRequest, FinishReason
+from gemma_opt.engine.queueing import EngineThread, QueuedGeneration, Serve
+from gemma_opt.engine.sampling import next_token
+from gemma_opt.errors import CompileError, EngineError, PromptTooLong
+from gemma_opt.gemma import GemmaModel, stop_token_ids
+from gemma_opt.recipe import Compile, EngineSection
+
+
+log = logging.getLogger(__name__)
+
+
+class ReferenceEngine:
+    """An `Engine` over a transformers model.
+
+    load: builds the model; called on the engine's thread, which keeps it. See `EngineThread` for failures.
+    """
+
+    def __init__(self, load: Callable[[], GemmaModel], settings: EngineSection, compile_section: Compile) -> None:
+        self.context = settings.context
+        self._compiler = SelectiveCompiler(compile_section)
+
+        def start() -> Serve:
+            return _Server(load(), settings.context, self._compiler).serve
+
+        self._thread = EngineThread(start, waiting=settings.slots - 1 + settings.queue, timeout_s=settings.timeout_s)
+
+    def submit(self, request: EngineRequest) -> QueuedGeneration:
+        """Queue a request. Raises PromptTooLong, QueueFull, EngineClosed."""
+        if len(request.token_ids) > self.context - 1:
+            raise PromptTooLong(f"the prompt has {len(request.token_ids):,} tokens, at most {self.context - 1:,} fit")
+        return self._thread.submit(request)
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are still served."""
+        return self._thread.alive
+
+    @property
+    def compile_report(self) -> CompileReport:
+        """What torch.compile did until now."""
+        return self._compiler.report()
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._thread.close()
+
+
+class _Server:
+    """Serves one generation after another. Lives on the engine's thread."""
+
+    def __init__(self, model: GemmaModel, context: int, compiler: SelectiveCompiler) -> None:
+        compiler.compile_modules_(model)
+        self.model = model
+        self.decode_step = compiler.compile_step(model.forward)
+        self.context = context
+        self.stop_ids = stop_token_ids(model)
+        self.device = model.get_input_embeddings().weight.device
+        self.image_token_id = getattr(model.config, "image_token_id", None)
+        # A compiled step needs one shape at every position: a cache that is as long from the start as it can get.
+        static = "decode" in compiler.section.targets
+        self.static_cache = StaticCache(config=model.config.get_text_config(), max_cache_len=context) if static else None
+
+    @torch.inference_mode()
+    def serve(self, generation: QueuedGeneration) -> FinishReason:
+        """Prefill, then decode until a stop token, the length limit, a cancel or the deadline."""
+        try:
+            return self._generate(generation)
+        except torch.OutOfMemoryError:
+            raise EngineError("out of GPU memory for this request: send a shorter prompt or fewer pictures") from None
+        except TorchDynamoException as error:
+            log.error("compilation failed", exc_info=error)
+            raise CompileError("a compile target of the recipe could not be compiled; the log has the reason") from None
+
+    def _generate(self, generation: QueuedGeneration) -> FinishReason:
+        request, sampling = generation.request, generation.request.sampling
+        position = len(request.token_ids)
+        limit = min(sampling.max_new_tokens, self.context - position)
+        cache = self._empty_cache()
+        logits = self._prefill(request, cache)
+        seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=self.device)
+        seen[torch.tensor(request.token_ids, device=self.device)] = True
+        for count in range(limit):
+            if generation.must_stop:
+                return "cancelled"
+            if count < sampling.min_new_tokens:
+                logits[list(self.stop_ids)] = -torch.inf
+            token = next_token(logits, sampling, seen=seen, position=position)
+            token_id = int(token)
+            if token_id in self.stop_ids:
+                return "stop"
+            generation.push(token_id)
+            if count + 1 < limit:
+                seen[token] = True
+                logits = self._decode_one(token, position, cache)
+                position += 1
+        return "length"
+
+    def _empty_cache(self) -> Cache:
+        if self.static_cache is None:
+            return DynamicCache(config=self.model.config.get_text_config())
+        self.static_cache.reset()
+        return self.static_cache
+
+    def _prefill(self, request: EngineRequest, cache: Cache) -> Tensor:
+        """Logits [vocabulary] after the prompt."""
+        ids = torch.tensor([request.token_ids], device=self.device)
+        inputs: dict[str, Tensor] = {"position_ids": torch.arange(ids.shape[1], device=self.device)[None]}
+        if request.images:
+            inputs["pixel_values"] = torch.stack(request.images).to(self.device, self.model.dtype)
+            inputs["token_type_ids"] = (ids == self.image_token_id).long()
+        return self.model(ids, past_key_values=cache, logits_to_keep=1, use_cache=True, **inputs).logits[0, -1]
+
+    def _decode_one(self, token: Tensor, position: int, cache: Cache) -> Tensor:
+        """Logits [vocabulary] after one more token at `position`."""
+        positions = torch.full((1, 1), position, device=self.device)
+        return self.decode_step(token.view(1, 1), past_key_values=cache, position_ids=positions, use_cache=True).logits[0, -1]

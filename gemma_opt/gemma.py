@@ -1,0 +1,249 @@
+"""Base models in: a folder in Hugging Face layout, a hub id at a pinned revision, or a GGUF file.
+
+The only module that imports transformers' Gemma classes. Every Gemma 3 checkpoint is one of two architectures:
+`Gemma3ForConditionalGeneration` (pictures and text) or `Gemma3ForCausalLM` (text only); both are used as transformers
+builds them. The processor always uses transformers' PIL image path, so that a picture becomes the same pixels with and
+without torchvision. GGUF files carry text weights only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    Gemma3TextConfig,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedTokenizerBase,
+)
+
+from gemma_opt.errors import BaseModelError
+from gemma_opt.recipe import BaseModelSection
+
+GemmaModel = Gemma3ForConditionalGeneration | Gemma3ForCausalLM
+
+WEIGHTS_CACHE = Path(__file__).resolve().parent.parent / "weights_cache"  # beside the package: the checkout, or Cog's /src
+BUNDLED = {"small-gemma3": WEIGHTS_CACHE / "small-gemma3"}
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Processing:
+    """What turns text and pictures into model inputs. `processor` is None for text-only models."""
+
+    tokenizer: PreTrainedTokenizerBase
+    processor: Gemma3Processor | None
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer, chat template and (if any) processor files into a folder."""
+        (self.processor or self.tokenizer).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """Where base weights lie on this machine. `gguf` is the file's name for a GGUF base."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+    gguf: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the GGUF file in it."""
+        return self.folder / self.gguf if self.gguf else self.folder
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold weights, sorted by name."""
+        return [self.path] if self.gguf else sorted(self.folder.glob("*.safetensors"))
+
+    def identity(self) -> dict[str, object]:
+        """Name, revision and sha256 of every weight file: what a manifest records as its base."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "files": {path.name: sha256_of(path) for path in self.weight_files()},
+        }
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model: float weights, tokenizer and processor."""
+
+    model: GemmaModel
+    processing: Processing
+    files: BaseFiles
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def device_of(name: str | None = None) -> torch.device:
+    """The named device, else CUDA where there is one, else the CPU."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def locate(section: BaseModelSection, override: str | None = None, *, network: bool = False) -> BaseFiles:
+    """Find the base weights of a recipe. `override` names other weights for the same recipe (`--base`).
+
+    A hub id is looked up in the local cache, and downloaded only with `network=True` (token: the HF_TOKEN variable).
+    Raises BaseModelError (E3001).
+    """
+    base = override or section.base
+    revision = section.revision
+    if base in BUNDLED:
+        return _folder(base, BUNDLED[base])
+    path = Path(base).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BaseModelError(f"no GGUF file {base}")
+        return BaseFiles(path.name, path.parent, gguf=path.name)
+    if path.is_dir():
+        return _folder(base, path)
+    if base.count("/") == 1 and revision:
+        return BaseFiles(base, _snapshot(base, revision, network=network), revision)
+    hint = " (a hub id needs model.revision in the recipe)" if base.count("/") == 1 else ""
+    raise BaseModelError(f"no base model at {base}: neither a folder, a .gguf file nor a bundled model{hint}")
+
+
+def _folder(name: str, folder: Path) -> BaseFiles:
+    if not (folder / "config.json").is_file():
+        raise BaseModelError(f"{folder} is no base model: it has no config.json")
+    return BaseFiles(name, folder)
+
+
+def _snapshot(hub_id: str, revision: str, *, network: bool) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=HUB_FILES, local_files_only=not network, token=os.environ.get("HF_TOKEN")
+            )
+        )
+    except LocalEntryNotFoundError:
+        if not network:
+            raise BaseModelError(
+                f"{hub_id} at {revision[:12]} is not on this machine. Download and compress it with: "
+                "python -m gemma_opt compress RECIPE (set HF_TOKEN for gated models)"
+            ) from None
+        raise BaseModelError(f"{hub_id} could not be downloaded: the hub cannot be reached") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        why = "accept the model's terms and set HF_TOKEN" if status in (401, 403) else f"the hub answered {status}"
+        raise BaseModelError(f"{hub_id} at {revision[:12]} could not be downloaded: {why}") from None
+
+
+def load_base(files: BaseFiles, dtype: torch.dtype, device: torch.device) -> Base:
+    """Load float weights in `dtype` on `device`, every parameter accounted for. Raises BaseModelError."""
+    if files.gguf:
+        return _load_gguf(files, dtype, device)
+    config = read_config(files.folder)
+    if not files.weight_files():
+        raise BaseModelError(f"{files.folder} has no .safetensors weights")
+    try:
+        model, info = model_class(config).from_pretrained(
+            files.folder, config=config, dtype=dtype, device_map=device, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise BaseModelError(f"the weights in {files.folder} cannot be read: {_first_line(error)}") from None
+    lost = sorted(info["missing_keys"]) + sorted(str(row[0]) for row in info["mismatched_keys"])
+    if lost:
+        raise BaseModelError(f"{files.folder} lacks {len(lost)} tensors of its own config: {', '.join(lost[:5])}")
+    return Base(model.eval(), load_processing(files.folder, config), files)
+
+
+def _load_gguf(files: BaseFiles, dtype: torch.dtype, device: torch.device) -> Base:
+    try:
+        model = Gemma3ForCausalLM.from_pretrained(
+            files.folder, gguf_file=files.gguf, quantization_config=GgufConfig(dequantize=True), dtype=dtype, device_map=device
+        )
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BaseModelError(f"{files.path} is not a readable Gemma 3 GGUF: {_first_line(error)}") from None
+    if not isinstance(model.config, Gemma3TextConfig):
+        raise BaseModelError(f"{files.gguf} holds a {model.config.model_type} model, not Gemma 3")
+    return Base(model.eval(), Processing(tokenizer, None), files)
+
+
+def read_config(folder: Path) -> Gemma3Config | Gemma3TextConfig:
+    """The Gemma 3 config in a folder. Raises BaseModelError if it is another model's."""
+    try:
+        declared = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True) if declared in ("gemma3", "gemma3_text") else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise BaseModelError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from None
+    if not isinstance(config, Gemma3Config | Gemma3TextConfig):
+        raise BaseModelError(f"{folder} holds a {declared} model, not Gemma 3")
+    return config
+
+
+def load_processing(folder: Path, config: Gemma3Config | Gemma3TextConfig) -> Processing:
+    """Tokenizer and processor of a folder. Raises BaseModelError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not isinstance(config, Gemma3Config):
+            return Processing(tokenizer, None)
+        pictures = Gemma3ImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"tokenizer or processor files in {folder} cannot be read: {_first_line(error)}") from None
+    seq_length = config.mm_tokens_per_image or 256
+    return Processing(tokenizer, Gemma3Processor(pictures, tokenizer, tokenizer.chat_template, image_seq_length=seq_length))
+
+
+def model_class(config: Gemma3Config | Gemma3TextConfig) -> type[Gemma3ForConditionalGeneration] | type[Gemma3ForCausalLM]:
+    """The architecture a config describes."""
+    return Gemma3ForConditionalGeneration if isinstance(config, Gemma3Config) else Gemma3ForCausalLM
+
+
+def empty_model(config: Gemma3Config | Gemma3TextConfig, dtype: torch.dtype) -> GemmaModel:
+    """The model with every parameter on the meta device, and every buffer real.
+
+    Buffers that no checkpoint stores (RoPE tables, the embedding scale, position ids) are computed by the constructors
+    and must not be left on meta: transformers reports "all keys matched" without them.
+    """
+    with init_empty_weights(include_buffers=False):
+        return model_class(config)._from_config(config, dtype=dtype).eval()
+
+
+def tie_head_(model: GemmaModel) -> None:
+    """Make the head read the embedding's table, as every Gemma 3 does."""
+    model.lm_head.weight = model.get_input_embeddings().weight
+
+
+def stop_token_ids(model: GemmaModel) -> frozenset[int]:
+    """Every token that ends a reply, from the generation config: for instruction-tuned models 1 and 106."""
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    ids = model.config.get_text_config().eos_token_id if ids is None else ids
+    return frozenset(ids if isinstance(ids, Iterable) else [ids])
+
+
+def load_generation_config(folder: Path) -> GenerationConfig:
+    """generation_config.json of a folder. Raises BaseModelError."""
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError as error:
+        raise BaseModelError(f"{folder} has no readable generation_config.json: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

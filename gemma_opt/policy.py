@@ -1,0 +1,310 @@
+"""The filter map: which role every module plays, and what a recipe will do to each of them.
+
+`plan` is the one place that decides whether a recipe fits a model. It reads names and shapes only, so it works on the
+meta device before a single weight is loaded, and it lists every offender at once. The stages then do what the plan says
+and compare what they touched with it. Roles are matched on transformers' module names, with or without the prefixes that
+moved between its releases; a module that owns parameters and is unknown here is an error, never silently skipped.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cached_property, singledispatch
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import nn
+
+from gemma_opt.errors import CorruptCheckpoint, PlanError
+from gemma_opt.recipe import Format, Gradual, LayerNorm, Magnitude, Recipe, RoleFormats, Rows, SparsityStage
+
+Kind = Literal["linear", "embedding", "conv", "norm", "parameter"]
+StoredFormat = Format | Literal["tied"]
+Progress = Callable[[int, int, str], None]  # (done, total, module name), after every module of a stage
+
+_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+_MODEL_FORMATS: dict[str, StoredFormat] = {"bfloat16": "bf16", "float32": "fp32"}
+_SCALE_BYTES = 4  # int8: one float32 scale for each output row
+
+
+class Role(StrEnum):
+    """What a module does in the model. Recipes name roles, never modules."""
+
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    OUTPUT = "output"
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    VISION = "vision"
+    PROJECTOR = "projector"
+
+
+_TOWER = r"vision_tower\.(vision_model\.)?"
+_LAYER = r"layers\.\d+\."
+_PATTERNS = {
+    Role.QUERY: _LAYER + r"self_attn\.q_proj",
+    Role.KEY: _LAYER + r"self_attn\.k_proj",
+    Role.VALUE: _LAYER + r"self_attn\.v_proj",
+    Role.OUTPUT: _LAYER + r"self_attn\.o_proj",
+    Role.GATE: _LAYER + r"mlp\.gate_proj",
+    Role.UP: _LAYER + r"mlp\.up_proj",
+    Role.DOWN: _LAYER + r"mlp\.down_proj",
+    Role.EMBEDDING: r"embed_tokens",
+    Role.HEAD: r"lm_head",
+    Role.NORM: rf"norm|{_LAYER}(self_attn\.[qk]_norm|(input|post_attention|pre_feedforward|post_feedforward)_layernorm)"
+    rf"|{_TOWER}(encoder\.{_LAYER}layer_norm[12]|post_layernorm)|multi_modal_projector\.mm_soft_emb_norm",
+    Role.VISION: _TOWER
+    + rf"(embeddings\.(patch|position)_embedding|encoder\.{_LAYER}(self_attn\.(q|k|v|out)_proj|mlp\.fc[12]))",
+    Role.PROJECTOR: r"multi_modal_projector",
+}
+_ROLES = {role: re.compile(rf"((model|language_model)\.)*({pattern})") for role, pattern in _PATTERNS.items()}
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One module that owns parameters, and what becomes of it.
+
+    shape: of its weight (of its first parameter where none is called weight), in elements. parameters: all it owns, biases
+    included; 0 for the tied head, whose weight is the embedding's. format: as stored; biases and norms are always stored in
+    the recipe's `model.dtype`. ratio: the largest ratio a sparsity stage asks of it, None where no stage touches it; for
+    layer_norm the recipe's overall ratio until `Plan.with_ratios` puts in the layer's share. bytes: predicted, as stored.
+    """
+
+    name: str
+    role: Role
+    kind: Kind
+    shape: tuple[int, ...]
+    parameters: int
+    format: StoredFormat
+    ratio: float | None
+    bytes: int
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every module that owns parameters, in the model's order. `plan[name]` is one row; KeyError for a name without one."""
+
+    rows: tuple[PlanRow, ...]
+
+    def __getitem__(self, name: str) -> PlanRow:
+        return self.by_name[name]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, PlanRow]:
+        return {row.name: row for row in self.rows}
+
+    @property
+    def bytes(self) -> int:
+        """Predicted size of all weights as stored."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, shared ones counted once."""
+        return sum(row.parameters for row in self.rows)
+
+    def prunable(self, stage: SparsityStage) -> tuple[PlanRow, ...]:
+        """The linears that a sparsity stage prunes."""
+        return tuple(row for row in self.rows if row.kind == "linear" and row.role in stage.roles)
+
+    def quantized(self) -> tuple[PlanRow, ...]:
+        """The linears that become int8."""
+        return tuple(row for row in self.rows if row.format == "int8")
+
+    def with_ratios(self, ratios: Mapping[str, float]) -> Plan:
+        """The same plan with the asked ratios of the named rows replaced."""
+        return Plan(tuple(replace(row, ratio=ratios.get(row.name, row.ratio)) for row in self.rows))
+
+    def to_json(self) -> list[dict[str, object]]:
+        """The rows as plain dictionaries that `json.dumps` takes and `from_json` reads back."""
+        return _ROWS.dump_python(self.rows, mode="json")
+
+    @classmethod
+    def from_json(cls, rows: object) -> Plan:
+        """Read `to_json`'s list back. Raises CorruptCheckpoint, since such lists live in checkpoint manifests."""
+        try:
+            return cls(_ROWS.validate_python(rows))
+        except ValidationError as error:
+            wrong = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False))
+            raise CorruptCheckpoint(f"not a plan: {'; '.join(wrong)}") from None
+
+
+_ROWS = TypeAdapter(tuple[PlanRow, ...])
+
+
+def quiet(done: int, total: int, name: str) -> None:
+    """The Progress that tells nobody."""
+
+
+def role_of(module_name: str) -> Role:
+    """The role of a module by its name in the model, e.g. `model.language_model.layers.0.mlp.up_proj` → up.
+
+    Only modules that own parameters have one. Raises PlanError for any other name.
+    """
+    role = _find_role(module_name)
+    if role is None:
+        raise PlanError(f"{module_name}: no role is known for this module; is this a Gemma 3?")
+    return role
+
+
+def stored_dtype(stored: StoredFormat) -> torch.dtype:
+    """The dtype of a weight of that format in a checkpoint. KeyError for tied weights, which have no tensor there."""
+    return _DTYPES[stored]
+
+
+def main_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The parameter a plan row is about: the weight, else the first one; None where the module owns none."""
+    own = dict(module.named_parameters(recurse=False))
+    return own.get("weight", next(iter(own.values()), None))
+
+
+def dropped_count(size: int, ratio: float) -> int:
+    """How many of `size` things a ratio drops: Python's round, which takes exact halves to the even count."""
+    return round(size * ratio)
+
+
+@singledispatch
+def pool_size(stage: object, shape: tuple[int, ...]) -> int:
+    """The number of things among which a stage drops its ratio: the weights of a layer or of a row, or a layer's rows.
+
+    shape: [out, in] of one layer. A new method registers its own.
+    """
+    raise NotImplementedError(f"policy.pool_size knows no {type(stage).__name__}")
+
+
+@pool_size.register(Magnitude)
+@pool_size.register(Gradual)
+def _(stage: Magnitude | Gradual, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) if stage.pattern == "per_layer" else shape[1]
+
+
+@pool_size.register(LayerNorm)
+def _(stage: LayerNorm, shape: tuple[int, ...]) -> int:
+    return math.prod(shape)
+
+
+@pool_size.register(Rows)
+def _(stage: Rows, shape: tuple[int, ...]) -> int:
+    return shape[0]
+
+
+def plan(model: nn.Module, recipe: Recipe) -> Plan:
+    """What the recipe does to every module of the model, which may be on the meta device.
+
+    int8 goes to linears only: where `roles.vision` is int8, the tower's patch convolution and position embedding are stored
+    as bf16. Raises one PlanError that lists every offender: unknown modules, an untied head, ratios that would drop nothing
+    or everything of a layer, roles that no layer has.
+    """
+    rows, problems = _survey(model, recipe)
+    drawn = Plan(tuple(rows))
+    problems += _misfit_formats(drawn, recipe)
+    for index, stage in enumerate(recipe.sparsity):
+        problems += (f"sparsity.{index} ({stage.method}): {problem}" for problem in _misfit_stage(drawn, stage))
+    if problems:
+        raise PlanError(f"the recipe {recipe.name!r} does not fit the model:\n  " + "\n  ".join(problems))
+    return drawn
+
+
+def planned_weights(model: nn.Module, rows: Iterable[PlanRow]) -> dict[str, nn.Parameter]:
+    """Module name → main parameter of these rows. Raises a PlanError naming every one that is missing or has another shape."""
+    modules, found, problems = dict(model.named_modules()), dict[str, nn.Parameter](), list[str]()
+    for row in rows:
+        weight = main_parameter(modules[row.name]) if row.name in modules else None
+        if weight is None:
+            problems.append(f"{row.name}: the model has no parameters there")
+        elif tuple(weight.shape) != row.shape:
+            problems.append(f"{row.name}: has shape {list(weight.shape)}, planned was {list(row.shape)}")
+        else:
+            found[row.name] = weight
+    if problems:
+        raise PlanError("the model is not the one that was planned:\n  " + "\n  ".join(problems))
+    return found
+
+
+def _find_role(module_name: str) -> Role | None:
+    return next((role for role, pattern in _ROLES.items() if pattern.fullmatch(module_name)), None)
+
+
+def _survey(model: nn.Module, recipe: Recipe) -> tuple[list[PlanRow], list[str]]:
+    """One row per module that owns parameters; and one line per module that cannot have a row."""
+    chosen = recipe.quantization.roles.model_dump()
+    formats: dict[Role, StoredFormat] = {role: chosen.get(role) or recipe.quantization.default for role in Role}
+    formats[Role.NORM] = _MODEL_FORMATS[recipe.model.dtype]
+    rows, problems, owners = list[PlanRow](), list[str](), dict[nn.Parameter, str]()
+    for name, module in model.named_modules():
+        weight, role = main_parameter(module), _find_role(name)
+        if weight is None:
+            continue
+        owner = owners.setdefault(weight, name)
+        if role is None:
+            problems.append(f"{name}: no role is known for this {type(module).__name__}; is this a Gemma 3?")
+        elif role is Role.HEAD and owner == name and not (weight.is_meta and _config_ties(model)):
+            problems.append(f"{name}: has a weight of its own, and only a head tied to the embedding is supported")
+        elif role is not Role.HEAD and owner != name:
+            problems.append(f"{name}: shares its weight with {owner}")
+        else:
+            asked = [stage.ratio for stage in recipe.sparsity if role in stage.roles]
+            rows.append(_row(name, role, module, weight, formats, max(asked, default=None)))
+    return rows, problems
+
+
+def _config_ties(model: nn.Module) -> bool:
+    """Whether the config ties the head. accelerate's empty models lose the tie itself until their weights are loaded."""
+    return getattr(getattr(model, "config", None), "tie_word_embeddings", False) is True
+
+
+def _row(
+    name: str, role: Role, module: nn.Module, weight: nn.Parameter, formats: Mapping[Role, StoredFormat], ratio: float | None
+) -> PlanRow:
+    kind, stored, shape = _kind(module, role), formats[role], tuple(weight.shape)
+    if kind != "linear":
+        stored, ratio = "bf16" if stored == "int8" else stored, None
+    if stored == "tied":
+        return PlanRow(name, role, kind, shape, 0, stored, ratio, 0)
+    parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    size = weight.numel() * _DTYPES[stored].itemsize + (parameters - weight.numel()) * _DTYPES[formats[Role.NORM]].itemsize
+    size += shape[0] * _SCALE_BYTES if stored == "int8" else 0
+    return PlanRow(name, role, kind, shape, parameters, stored, ratio, size)
+
+
+def _kind(module: nn.Module, role: Role) -> Kind:
+    match module:
+        case nn.Linear():
+            return "linear"
+        case nn.Embedding():
+            return "embedding"
+        case nn.Conv2d():
+            return "conv"
+        case _:
+            return "norm" if role is Role.NORM else "parameter"
+
+
+def _misfit_formats(drawn: Plan, recipe: Recipe) -> Iterator[str]:
+    """Formats that differ from the default, for roles that no module has. (A default may stand in every recipe.)"""
+    present = {row.role for row in drawn.rows}
+    for role, stored in recipe.quantization.roles:
+        if role not in present and stored != RoleFormats.model_fields[role].default:
+            yield f"quantization.roles.{role} is {stored}, and the model has no such layer"
+
+
+def _misfit_stage(drawn: Plan, stage: SparsityStage) -> Iterator[str]:
+    rows = drawn.prunable(stage)
+    present = {row.role for row in rows}
+    yield from (f"the model has no {role} layer" for role in stage.roles if role not in present)
+    for row in rows:
+        size = pool_size(stage, row.shape)
+        count = dropped_count(size, stage.ratio)
+        if not 0 < count < size:
+            yield f"{row.name} {list(row.shape)}: a ratio of {stage.ratio} would drop {count} of {size}"

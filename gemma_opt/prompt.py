@@ -1,0 +1,222 @@
+"""Requests in words and pictures → token ids and pixel values.
+
+The chat template of the checkpoint writes the prompt; three things it does not do are done here. Special tokens inside
+what a user wrote stay text: they are hidden behind sentinels while the template is rendered, and the text between the
+template's own control tokens is encoded with special tokens switched off. There is exactly one `<bos>`. Pictures become
+the processor's own sequence of soft tokens. For ordinary text the ids equal transformers' processor exactly.
+
+A model without a chat template (pretrained, not instruction-tuned) gets the prompt as it is, after `<bos>`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gemma_opt.errors import ConflictingInputs, EmptyPrompt, ImagesUnsupported, MessagesError, PromptTooLong
+from gemma_opt.gemma import Processing
+
+MAX_IMAGES = 16
+MAX_CHARACTERS = 2_000_000  # over any context this serves; refused before the tokenizer spends time on it
+MAX_MESSAGES = 1000
+
+Part = str | Image.Image
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation: who, and its texts and pictures in order."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Model inputs. images: one [3, side, side] float32 tensor per picture or pan-and-scan crop, in prompt order."""
+
+    token_ids: tuple[int, ...]
+    images: tuple[Tensor, ...]
+    image_count: int
+
+
+def single_turn(prompt: str, system_prompt: str, images: Sequence[Image.Image]) -> tuple[Turn, ...]:
+    """A conversation of one user message: pictures first, as Gemma's own examples have them."""
+    if not prompt.strip():
+        raise EmptyPrompt("prompt is empty: give prompt, or messages")
+    system = (Turn("system", (system_prompt,)),) if system_prompt.strip() else ()
+    return (*system, Turn("user", (*images, prompt)))
+
+
+def parse_messages(messages: Sequence[object], load_image: Callable[[str], Image.Image]) -> tuple[Turn, ...]:
+    """OpenAI-style messages → turns. `load_image` turns an image URL into a picture; called after all else is checked.
+
+    Content is a string or a list of {"type": "text", "text": …} and {"type": "image_url", "image_url": {"url": …}}.
+    Raises MessagesError (E1004) that names the offending message, EmptyPrompt, or what `load_image` raises.
+    """
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise MessagesError(f"messages must hold 1 to {MAX_MESSAGES} messages, got {len(messages)}")
+    read = [_read_message(message, number) for number, message in enumerate(messages)]
+    _check_order([role for role, _ in read])
+    if not any(kind == "image" or value.strip() for kind, value in read[-1][1]):
+        raise EmptyPrompt("the last message is empty")
+    if sum(kind == "image" for _, parts in read for kind, _ in parts) > MAX_IMAGES:
+        raise MessagesError(f"messages hold more than {MAX_IMAGES} pictures")
+    return tuple(
+        Turn(role, tuple(load_image(value) if kind == "image" else value for kind, value in parts)) for role, parts in read
+    )
+
+
+_RawPart = tuple[Literal["text", "image"], str]
+_ROLES: dict[object, Literal["system", "user", "assistant"]] = {
+    "system": "system", "developer": "system", "user": "user", "assistant": "assistant",
+}  # fmt: skip
+
+
+def _read_message(message: object, number: int) -> tuple[Literal["system", "user", "assistant"], list[_RawPart]]:
+    if not isinstance(message, dict):
+        raise MessagesError(f"messages[{number}] is not an object with role and content")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise MessagesError(f"messages[{number}].role must be system, user or assistant")
+    content = message.get("content")
+    if isinstance(content, str):
+        return _ROLES[role], [("text", content)]
+    if not isinstance(content, list) or not content:
+        raise MessagesError(f"messages[{number}].content must be a string or a list of parts")
+    parts = [_read_part(part, f"messages[{number}].content[{index}]") for index, part in enumerate(content)]
+    if _ROLES[role] != "user" and any(kind == "image" for kind, _ in parts):
+        raise MessagesError(f"messages[{number}]: only user messages can hold pictures")
+    return _ROLES[role], parts
+
+
+def _read_part(part: object, where: str) -> _RawPart:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return "text", part["text"]
+    if isinstance(part, dict) and part.get("type") == "image_url":
+        link = part.get("image_url")
+        url = link.get("url") if isinstance(link, dict) else link
+        if isinstance(url, str):
+            return "image", url
+    raise MessagesError(f'{where} must be {{"type": "text", "text": …}} or {{"type": "image_url", "image_url": {{"url": …}}}}')
+
+
+def _check_order(roles: list[str]) -> None:
+    turns = roles[1:] if roles[0] == "system" else roles
+    if not turns:
+        raise MessagesError("messages hold no user message")
+    for index, role in enumerate(turns):
+        expected = "user" if index % 2 == 0 else "assistant"
+        if role != expected:
+            number = index + len(roles) - len(turns)
+            raise MessagesError(f"messages[{number}].role is {role}, expected {expected}: an optional system message, then user and assistant in turn")
+    if turns[-1] != "user":
+        raise MessagesError("the last message must be the user's")
+
+
+class PromptEncoder:
+    """Encodes conversations for one checkpoint.
+
+    context: tokens a slot holds; a prompt must leave room for at least one reply token.
+    """
+
+    def __init__(self, processing: Processing, context: int) -> None:
+        self.context = context
+        self._tokenizer = processing.tokenizer
+        self._processor = processing.processor
+        backend = processing.tokenizer.backend_tokenizer
+        self._control = sorted((str(token) for token in processing.tokenizer.all_special_tokens), key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(re.escape(token) for token in self._control))
+        # A tokenizer of our own: encode_special_tokens is a switch of the shared object, and requests run on many threads.
+        self._plain = type(backend).from_str(backend.to_str())
+        self._plain.encode_special_tokens = True
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint was tuned to answer (False: it continues text)."""
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, turns: Sequence[Turn], *, pan_and_scan: bool = False) -> EncodedPrompt:
+        """Token ids and pixel values of a conversation.
+
+        pan_and_scan: also send crops of pictures that are much wider or higher than square.
+        Raises PromptTooLong (E1002), ImagesUnsupported (E1012), ConflictingInputs (E1003).
+        """
+        pictures = [part for turn in turns for part in turn.parts if isinstance(part, Image.Image)]
+        if pictures and self._processor is None:
+            raise ImagesUnsupported("this model reads text only: send no image")
+        characters = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
+        if characters > MAX_CHARACTERS:
+            raise PromptTooLong(f"the prompt has {characters:,} characters, at most {MAX_CHARACTERS:,} are read")
+        pixels, sequences = self._encode_pictures(pictures, pan_and_scan)
+        token_ids = self._encode_text(self._render(turns, sequences))
+        if len(token_ids) > self.context - 1:
+            raise PromptTooLong(f"the prompt has {len(token_ids):,} tokens, at most {self.context - 1:,} fit the context of {self.context:,}")
+        return EncodedPrompt(tuple(token_ids), pixels, len(pictures))
+
+    def _encode_pictures(self, pictures: list[Image.Image], pan_and_scan: bool) -> tuple[tuple[Tensor, ...], list[str]]:
+        """Pixel tensors of all pictures and crops, and per picture the text that stands for it."""
+        if not pictures or self._processor is None:
+            return (), []
+        pictures_in = self._processor.image_processor
+        # The published checkpoints leave the cropping parameters empty; the processor class holds their defaults.
+        crop = {name: getattr(pictures_in, name) or self._processor.images_kwargs[name] for name in _CROP_PARAMETERS}
+        features = pictures_in(pictures, do_pan_and_scan=pan_and_scan, **crop, return_tensors="pt")
+        crops = [int(count) for count in features["num_crops"]]
+        sequences = [self._processor.replace_image_token({"num_crops": crops}, index) for index in range(len(pictures))]
+        return tuple(torch.unbind(features["pixel_values"])), sequences
+
+    def _render(self, turns: Sequence[Turn], sequences: list[str]) -> str:
+        """The prompt as text, with every control token that a user wrote replaced by its sentinel."""
+        if not self.has_chat_template:
+            return self._render_plain(turns, sequences)
+        images = iter(sequences)
+        messages: list[dict[str, object]] = []
+        for turn in turns:
+            content: list[dict[str, str]] = []
+            for part in turn.parts:
+                is_text = isinstance(part, str)
+                content.append({"type": "text", "text": self._hide_control_tokens(part)} if is_text else {"type": "image"})
+            if turn.role == "system":  # Gemma's template reads the first part of a system message only
+                content = [{"type": "text", "text": "".join(item["text"] for item in content)}]
+            messages.append({"role": turn.role, "content": content})
+        text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        image_token = self._processor.boi_token if self._processor else None
+        return re.sub(re.escape(image_token), lambda _: next(images), text) if image_token else text
+
+    def _render_plain(self, turns: Sequence[Turn], sequences: list[str]) -> str:
+        if len(turns) != 1:
+            raise ConflictingInputs("this model has no chat template: it continues one prompt, without system prompt and messages")
+        images = iter(sequences)
+        parts = [self._hide_control_tokens(part) if isinstance(part, str) else next(images) for part in turns[0].parts]
+        return f"{self._tokenizer.bos_token}{''.join(parts)}"
+
+    def _hide_control_tokens(self, text: str) -> str:
+        """Sentinels are private-use characters; any that the user wrote are dropped, they have no meaning in text."""
+        text = re.sub(f"[{chr(_SENTINEL)}-{chr(_SENTINEL + 255)}]", "", text)
+        return self._control_pattern.sub(lambda match: chr(_SENTINEL + self._control.index(match[0])), text)
+
+    def _show_control_tokens(self, text: str) -> str:
+        return re.sub(f"[{chr(_SENTINEL)}-{chr(_SENTINEL + 255)}]", lambda match: self._control[ord(match[0]) - _SENTINEL], text)
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        for match in self._control_pattern.finditer(text):
+            ids += self._encode_plain(text[start : match.start()])
+            ids.append(int(self._tokenizer.convert_tokens_to_ids(match[0])))
+            start = match.end()
+        return ids + self._encode_plain(text[start:])
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self._plain.encode(self._show_control_tokens(text), add_special_tokens=False).ids if text else []
+
+
+_SENTINEL = 0x10FE00  # in the last private-use plane
+_CROP_PARAMETERS = ("pan_and_scan_min_crop_size", "pan_and_scan_max_num_crops", "pan_and_scan_min_ratio_to_activate")

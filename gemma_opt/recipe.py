@@ -1,0 +1,273 @@
+"""A recipe: everything that changes weights or how they are executed, and nothing that changes one reply.
+
+Recipes are YAML files read into frozen pydantic models. A method is a class of its own, picked by its tag, so an option
+that does not apply to a method cannot be written. Reading a recipe needs no torch and no model; whether it fits a model
+is `policy.plan`'s question. Only what the package can do is a valid recipe: an unknown key or method is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gemma_opt.errors import RecipeError, RecipeNotFound
+
+TEXT_ROLES = ("query", "key", "value", "output", "gate", "up", "down")
+PrunableRole = Literal["query", "key", "value", "output", "gate", "up", "down", "vision"]
+Ratio = Annotated[float, Field(ge=0.01, le=0.8, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# The base model
+
+
+class BaseModelSection(_Section):
+    """Where the weights come from: a hub id with its pinned revision; without one, the bundled model's name, a folder or a `.gguf` file."""
+
+    base: str = Field(min_length=1)
+    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="activations; fp16 overflows in Gemma 3")
+
+    @model_validator(mode="after")
+    def _revision_is_for_hub_ids(self) -> BaseModelSection:
+        if self.revision and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base):
+            raise ValueError(f"a revision pins a hub id (organisation/name), and {self.base!r} is none")
+        return self
+
+
+# Sparsity: score × pattern × schedule
+
+
+class _Stage(_Section):
+    ratio: Ratio
+    roles: tuple[PrunableRole, ...] = Field(default=TEXT_ROLES, min_length=1)
+
+    @model_validator(mode="after")
+    def _roles_once(self) -> _Stage:
+        if len(set(self.roles)) != len(self.roles):
+            raise ValueError("a role is named twice")
+        return self
+
+
+class Magnitude(_Stage):
+    """Zero the smallest |W|, an exact share of every layer or of every row."""
+
+    method: Literal["magnitude"]
+    pattern: Literal["per_layer", "per_row"] = "per_layer"
+
+
+class Schedule(_Section):
+    """How the ratio grows over the steps of gradual pruning."""
+
+    kind: Literal["linear", "cubic"] = "cubic"
+    steps: int = Field(ge=1, le=1000)
+
+
+class Gradual(_Stage):
+    """Magnitude pruning in steps. Without training between the steps it ends where one shot ends."""
+
+    method: Literal["gradual"]
+    pattern: Literal["per_layer", "per_row"] = "per_layer"
+    schedule: Schedule
+
+
+class LayerNorm(_Stage):
+    """Layers with small weights give up more: shares in inverse proportion to each layer's RMS weight."""
+
+    method: Literal["layer_norm"]
+
+
+class Rows(_Stage):
+    """Zero whole output rows of the smallest L2 norm; shapes stay. Measured to destroy Gemma 3: a reference, not advice."""
+
+    method: Literal["rows"]
+
+
+SparsityStage = Annotated[Magnitude | Gradual | LayerNorm | Rows, Field(discriminator="method")]
+
+
+# Quantization, compilation, engine
+
+FloatFormat = Literal["fp32", "bf16", "fp16"]
+Format = Literal["fp32", "bf16", "fp16", "int8"]
+
+
+class RoleFormats(_Section):
+    """Formats by role. An unnamed text role takes `Quantization.default`."""
+
+    query: Format | None = None
+    key: Format | None = None
+    value: Format | None = None
+    output: Format | None = None
+    gate: Format | None = None
+    up: Format | None = None
+    down: Format | None = None
+    vision: Format = "bf16"
+    projector: FloatFormat = "bf16"
+    embedding: FloatFormat = "bf16"
+    head: Literal["tied"] = "tied"
+
+
+class Quantization(_Section):
+    """The stored format of every weight. Float formats are storage: activations stay in `model.dtype`.
+
+    int8 is weight-only, symmetric, one scale a row. Norms are stored in `model.dtype`.
+    """
+
+    default: Format = Field(default="bf16", description="text linears")
+    roles: RoleFormats = RoleFormats()
+
+
+class Compile(_Section):
+    """Which hot submodules `setup()` compiles. A failed compilation is an error unless the recipe says otherwise."""
+
+    targets: tuple[Literal["decode", "mlp", "vision"], ...] = ()
+    on_failure: Literal["error", "eager"] = "error"
+
+    @model_validator(mode="after")
+    def _no_overlap(self) -> Compile:
+        if {"decode", "mlp"} <= set(self.targets):
+            raise ValueError("'decode' compiles the whole step, MLPs included: name one of decode and mlp")
+        return self
+
+
+class EngineSection(_Section):
+    """How requests are served: at once, waiting, tokens a slot can hold, wall-clock limit of one reply."""
+
+    slots: int = Field(default=1, ge=1, le=64)
+    queue: int = Field(default=16, ge=0, le=1024)
+    context: int = Field(default=8192, ge=16, le=131_072)
+    timeout_s: float = Field(default=300.0, gt=0, le=86_400)
+
+
+class Recipe(_Section):
+    """One way to compress one model. See the module docstring; `digest()` identifies what was built."""
+
+    name: Name
+    description: str = ""
+    model: BaseModelSection
+    sparsity: tuple[SparsityStage, ...] = ()
+    quantization: Quantization = Quantization()
+    compile: Compile = Compile()
+    engine: EngineSection = EngineSection()
+
+    @model_validator(mode="after")
+    def _storage_fits_activations(self) -> Recipe:
+        formats = {self.quantization.default, *self.quantization.roles.model_dump().values()}
+        if "fp32" in formats and self.model.dtype != "float32":
+            raise ValueError("quantization: fp32 weights need model.dtype float32")
+        return self
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+        """Read a recipe file, or the packaged recipe of that name, then apply `a.b.0=value` overrides.
+
+        Raises RecipeNotFound, or RecipeError that lists every offending key.
+        """
+        text = _read_source(source)
+        try:
+            tree = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+        return cls.from_tree(tree, str(source), overrides)
+
+    @classmethod
+    def from_tree(cls, tree: object, where: str, overrides: tuple[str, ...] = ()) -> Recipe:
+        """Validate a parsed YAML tree. `where` names it in errors."""
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{where} is not a mapping of recipe sections")
+        for override in overrides:
+            _set_path(tree, override)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {'; '.join(_explain(error))}") from None
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `load` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """sha256 over all that decides the stored weights: not the name and description, nor how they are executed."""
+        content = self.model_dump(mode="json", exclude={"name", "description", "compile", "engine"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def packaged_recipes() -> dict[str, str]:
+    """Name → YAML text of every recipe in the package."""
+    folder = resources.files("gemma_opt") / "recipes"
+    files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
+    return {entry.name.removesuffix(".yaml"): entry.read_text("utf-8") for entry in files}
+
+
+def _read_source(source: str | Path) -> str:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeNotFound(f"no recipe file {path}")
+        try:
+            return path.read_text("utf-8")
+        except UnicodeDecodeError:
+            raise RecipeError(f"{path} is not UTF-8 text") from None
+    packaged = packaged_recipes()
+    if str(source) not in packaged:
+        raise RecipeNotFound(f"no recipe named {str(source)!r}; packaged recipes: {', '.join(packaged)}; or give a .yaml file")
+    return packaged[str(source)]
+
+
+def _set_path(tree: dict[str, object], override: str) -> None:
+    """Apply one `sparsity.0.ratio=0.3`. The value is YAML, so numbers, lists and null work."""
+    path, separator, value = override.partition("=")
+    if not separator or not path:
+        raise RecipeError(f"override {override!r} is not KEY=VALUE, as in sparsity.0.ratio=0.3")
+    node: object = tree
+    *parents, last = path.split(".")
+    for key in parents:
+        if isinstance(node, dict) and key not in node:
+            node[key] = {}
+        node = _child(node, key, override)
+    if isinstance(node, list):
+        index = _index(node, last, override)
+        node[index : index + 1] = [yaml.safe_load(value)]
+    elif isinstance(node, dict):
+        node[last] = yaml.safe_load(value)
+    else:
+        raise RecipeError(f"override {override!r}: there is no section to hold {last!r}")
+
+
+def _child(node: object, key: str, override: str) -> object:
+    if isinstance(node, dict):
+        return node[key]
+    if isinstance(node, list):
+        return node[_index(node, key, override)]
+    raise RecipeError(f"override {override!r}: {key!r} is inside a plain value")
+
+
+def _index(node: list[object], key: str, override: str) -> int:
+    if not re.fullmatch(r"\d+", key) or int(key) >= len(node):
+        raise RecipeError(f"override {override!r}: the list has {len(node)} entries, {key!r} is not one of them")
+    return int(key)
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    """One short line per offending key: where, what is wrong, what was given."""
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        if item["type"] == "extra_forbidden":
+            yield f"{where}: unknown key"
+            continue
+        given = item["input"]
+        shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | None) else ""
+        yield f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}"

@@ -1,0 +1,224 @@
+"""The one thing predict.py knows: load a model, answer requests as streams of text.
+
+A request is checked completely before any expensive work. What goes wrong on the way is an error of our own with a code
+and a text that is safe to send to a client; anything else is logged and becomes "internal error".
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Self
+
+from gemma_opt import charts
+from gemma_opt.engine.interface import Engine, EngineRequest, Finished, Generation, SamplingParams
+from gemma_opt.engine.reference import ReferenceEngine
+from gemma_opt.errors import ConflictingInputs, EngineError, GemmaOptError, ParameterError
+from gemma_opt.images import load_image
+from gemma_opt.loading import Ready, Source, open_model
+from gemma_opt.prompt import MAX_IMAGES, EncodedPrompt, PromptEncoder, Turn, parse_messages, single_turn
+from gemma_opt.text import TextStream
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
+MIN_CHUNK_INTERVAL_S = 0.02  # Cog drops a client that lags 1,024 events behind: at most 50 a second
+WARM_UP_TOKENS = 8
+
+Metric = int | float | str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prediction's inputs, as they arrive. Images are data URIs or http(s) URLs."""
+
+    prompt: str = ""
+    image: str | None = None
+    images: Sequence[str] | None = None
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT
+    max_new_tokens: float = 512
+    min_new_tokens: float = 0
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: float = 50
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_sequences: str | Sequence[str] | None = None
+    seed: float | None = None
+    messages: Sequence[object] | None = None
+    pan_and_scan: bool = False
+
+    def sampling(self) -> SamplingParams:
+        """The sampling parameters, integers made integers, the seed drawn if none was given. Raises ParameterError."""
+        stops = [self.stop_sequences] if isinstance(self.stop_sequences, str) else self.stop_sequences or ()
+        return SamplingParams(
+            max_new_tokens=_integer("max_new_tokens", self.max_new_tokens),
+            min_new_tokens=_integer("min_new_tokens", self.min_new_tokens),
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=_integer("top_k", self.top_k),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=secrets.randbits(32) if self.seed is None else _integer("seed", self.seed),
+            stop_sequences=tuple(stops),
+        )
+
+
+def _integer(name: str, value: float) -> int:
+    """JSON has one kind of number, and Cog passes 2.0 on as a float."""
+    if not math.isfinite(value) or value != int(value):
+        raise ParameterError(f"{name} must be a whole number, got {value}")
+    return int(value)
+
+
+@dataclass
+class Reply:
+    """One answer: iterate it once for the text as it comes; `metrics` is complete after that.
+
+    Abandoning the iterator (an exception thrown into it, `close()`) cancels the generation.
+    """
+
+    generation: Generation
+    text: TextStream
+    encoded: EncodedPrompt
+    seed: int
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    _tokens: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            with safe_errors():
+                yield from self._deltas()
+                self.metrics = self._measure(self.generation.finished)
+        finally:
+            self.generation.cancel()
+
+    def _deltas(self) -> Iterator[str]:
+        pending, sent_at = "", -math.inf
+        for token_id in self.generation:
+            self._tokens += 1
+            pending += self.text.push(token_id)
+            if self.text.stopped:
+                break
+            if pending and time.monotonic() - sent_at >= MIN_CHUNK_INTERVAL_S:
+                yield pending
+                pending, sent_at = "", time.monotonic()
+        if self.text.stopped:
+            self.generation.cancel()
+            for _ in self.generation:  # at most the tokens of one more step; afterwards the summary is there
+                pass
+        pending += self.text.finish()
+        if pending:
+            yield pending
+
+    def _measure(self, finished: Finished) -> dict[str, Metric]:
+        metrics: dict[str, Metric] = {
+            "input_token_count": finished.input_tokens,
+            "output_token_count": self._tokens,
+            "image_count": self.encoded.image_count,
+            "finish_reason": "stop_sequence" if self.text.stopped else finished.reason,
+            "seed": self.seed,
+        }
+        if finished.time_to_first_token_s is not None:
+            metrics["time_to_first_token"] = round(finished.time_to_first_token_s, 6)
+        if finished.tokens_per_second is not None:
+            metrics["tokens_per_second"] = round(finished.tokens_per_second, 3)
+        return metrics
+
+
+class Service:
+    """A loaded model behind an engine. Build it with `load`; use from any thread; close it when done."""
+
+    def __init__(self, engine: Engine, ready: Ready) -> None:
+        self.ready = ready
+        self._engine = engine
+        self._encoder = PromptEncoder(ready.processing, ready.context)
+
+    @classmethod
+    def load(cls, source: Source, device: str | None = None) -> Self:
+        """Load or compress the model on the engine's thread, then answer one warm-up request.
+
+        Raises what loading, compression or compilation raise: UsageError, CheckpointError, EngineError.
+        """
+        opened: list[Ready] = []
+
+        def load_model():
+            opened.append(open_model(source, device))
+            return opened[0].model
+
+        recipe = source.recipe
+        engine = ReferenceEngine(load_model, recipe.engine, recipe.compile)
+        service = cls(engine, opened[0])
+        try:
+            service.warm_up()
+        except GemmaOptError:
+            service.close()
+            raise
+        log.info("%s is ready; %s", recipe.name, engine.compile_report)
+        return service
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are still served."""
+        return self._engine.alive
+
+    def stream(self, request: Request) -> Reply:
+        """Check and encode a request, queue it, and return its answer's stream. Raises InputError or EngineError."""
+        with safe_errors():
+            sampling = request.sampling()
+            encoded = self._encoder.encode(self._conversation(request), pan_and_scan=request.pan_and_scan)
+            text = TextStream(self.ready.processing.tokenizer, sampling.stop_sequences)
+            generation = self._engine.submit(EngineRequest(encoded.token_ids, encoded.images, sampling))
+            return Reply(generation, text, encoded, sampling.seed)
+
+    def warm_up(self) -> None:
+        """A real prediction, with a picture where the model sees, so that the first client does not wait for kernels."""
+        sees = self.ready.processing.processor is not None
+        turns = single_turn("Describe the picture.", "", [charts.draw("test", 0, 0).image] if sees else [])
+        encoded = self._encoder.encode(turns)
+        sampling = SamplingParams(max_new_tokens=WARM_UP_TOKENS, min_new_tokens=WARM_UP_TOKENS, temperature=0)
+        for _ in self._engine.submit(EngineRequest(encoded.token_ids, encoded.images, sampling)):
+            pass
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._engine.close()
+
+    def _conversation(self, request: Request) -> tuple[Turn, ...]:
+        if request.messages is not None:
+            self._refuse_conflicts(request)
+            return parse_messages(request.messages, load_image)
+        sources = [*([request.image] if request.image else []), *(request.images or ())]
+        if len(sources) > MAX_IMAGES:
+            raise ParameterError(f"at most {MAX_IMAGES} pictures a request, got {len(sources)}")
+        single_turn(request.prompt, "", [])  # an empty prompt is refused before any picture is fetched
+        return single_turn(request.prompt, self._system_prompt(request), [load_image(source) for source in sources])
+
+    def _system_prompt(self, request: Request) -> str:
+        is_default = request.system_prompt == DEFAULT_SYSTEM_PROMPT
+        return "" if is_default and not self._encoder.has_chat_template else request.system_prompt
+
+    @staticmethod
+    def _refuse_conflicts(request: Request) -> None:
+        given = [name for name in ("prompt", "image", "images") if getattr(request, name)]
+        if request.system_prompt not in ("", DEFAULT_SYSTEM_PROMPT):
+            given.append("system_prompt")
+        if given:
+            raise ConflictingInputs(f"messages replace {', '.join(given)}: give one or the other")
+
+
+@contextmanager
+def safe_errors() -> Iterator[None]:
+    """Errors of our own pass; of anything else the client learns nothing and the log everything."""
+    try:
+        yield
+    except GemmaOptError:
+        raise
+    except Exception:
+        log.exception("unexpected failure while serving a request")
+        raise EngineError("internal error") from None

@@ -1,0 +1,19 @@
+"""What every test may count on: no network, and no model chosen by the developer's shell."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from server import CogServer
+
+for _name in ("GEMMA_OPT_MODEL", "GEMMA_OPT_RECIPE", "COG_MAX_CONCURRENCY"):
+    os.environ.pop(_name, None)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def cog_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
+    """Cog's own HTTP server with the bundled model, started once."""
+    with CogServer(tmp_path_factory.mktemp("cog") / "server.log") as server:
+        yield server

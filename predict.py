@@ -6,6 +6,7 @@ private addresses included (README, "Limits").
 """
 
 import logging
+import sys
 
 import cog
 from cog import BasePredictor, ConcatenateIterator, Input
@@ -19,6 +20,8 @@ class Predictor(BasePredictor):
 
     def setup(self) -> None:
         """Load the model chosen at build time and answer one warm-up request."""
+        # Cog returns to a client what is written here while its prediction runs. That is for the operator: the container's log.
+        sys.stdout = sys.stderr = sys.__stderr__
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         self.service = Service.load(source_from_environment())
 
@@ -30,19 +33,37 @@ class Predictor(BasePredictor):
     def predict(
         self,
         prompt: str = Input(description="What to ask. Required unless messages are given.", default=""),
-        image: str | None = Input(description="Picture to ask about: a data URI or an http(s) URL (PNG, JPEG, WEBP, GIF).", default=None),
+        image: str | None = Input(
+            description="Picture to ask about: a data URI or an http(s) URL (PNG, JPEG, WEBP, GIF).", default=None
+        ),
         images: list[str] | None = Input(description="More pictures, after image, in this order.", default=None),
         system_prompt: str = Input(description="Instruction that precedes the prompt.", default="You are a helpful assistant."),
         max_new_tokens: int = Input(description="Longest answer, in tokens.", default=512, ge=1, le=8192),
-        min_new_tokens: int = Input(description="Shortest answer, in tokens: until then the model cannot stop.", default=0, ge=0, le=8192),
-        temperature: float = Input(description="Randomness. 0 always takes the most probable token.", default=0.7, ge=0.0, le=2.0),
-        top_p: float = Input(description="Sample from the most probable tokens that hold this share. 1 is off.", default=0.9, ge=0.0, le=1.0),
+        min_new_tokens: int = Input(
+            description="Shortest answer, in tokens: until then the model cannot stop.", default=0, ge=0, le=8192
+        ),
+        temperature: float = Input(
+            description="Randomness. 0 always takes the most probable token.", default=0.7, ge=0.0, le=2.0
+        ),
+        top_p: float = Input(
+            description="Sample from the most probable tokens that hold this share. 1 is off.", default=0.9, ge=0.0, le=1.0
+        ),
         top_k: int = Input(description="Sample from this many most probable tokens. 0 is off.", default=50, ge=0, le=1000),
-        min_p: float = Input(description="Drop tokens less probable than this share of the best one's. 0 is off.", default=0.0, ge=0.0, le=1.0),
-        repetition_penalty: float = Input(description="Above 1 makes tokens already seen less likely. 1 is off.", default=1.0, ge=0.1, le=2.0),
-        stop_sequences: str | list[str] | None = Input(description="Text that ends the answer and is not sent: a string or a list.", default=None),
-        seed: int | None = Input(description="Same seed, same answer. Drawn and reported if not given.", default=None, ge=0, le=4294967295),
-        messages: list[dict] | None = Input(description="OpenAI-style conversation that replaces prompt, pictures and system prompt.", default=None),
+        min_p: float = Input(
+            description="Drop tokens less probable than this share of the best one's. 0 is off.", default=0.0, ge=0.0, le=1.0
+        ),
+        repetition_penalty: float = Input(
+            description="Above 1 makes tokens already seen less likely. 1 is off.", default=1.0, ge=0.1, le=2.0
+        ),
+        stop_sequences: str | list[str] | None = Input(
+            description="Text that ends the answer and is not sent: a string or a list.", default=None
+        ),
+        seed: int | None = Input(
+            description="Same seed, same answer. Drawn and reported if not given.", default=None, ge=0, le=4294967295
+        ),
+        messages: list[dict] | None = Input(
+            description="OpenAI-style conversation that replaces prompt, pictures and system prompt.", default=None
+        ),
         pan_and_scan: bool = Input(description="Also look at crops of pictures that are far from square.", default=False),
     ) -> ConcatenateIterator[str]:
         """Stream the answer, then record its metrics."""

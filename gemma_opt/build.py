@@ -146,4 +146,3 @@ def _refuse_broken_logits(model: gemma.GemmaModel) -> None:
 
 def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-

@@ -134,7 +134,13 @@ def _yes_no(condition: bool) -> str:
 
 
 def _describe(rng: random.Random, answer: str) -> Question:
-    texts = ("Describe the picture.", "Describe this image.", "What do you see?", "What is in the picture?", "Describe the image.")
+    texts = (
+        "Describe the picture.",
+        "Describe this image.",
+        "What do you see?",
+        "What is in the picture?",
+        "Describe the image.",
+    )
     return Question("describe", rng.choice(texts), answer)
 
 
@@ -184,19 +190,36 @@ def _bar_questions(rng: random.Random, bars: list[_Bar]) -> Iterator[Question]:
     colours = [bar.colour for bar in bars]
     colour = rng.choice(("colour", "color"))
 
-    texts = ("Which bar is tallest?", "Which bar is the tallest?", "Which bar is the highest?", f"What {colour} is the tallest bar?")
+    texts = (
+        "Which bar is tallest?",
+        "Which bar is the tallest?",
+        "Which bar is the highest?",
+        f"What {colour} is the tallest bar?",
+    )
     yield Question("tallest", rng.choice(texts), ranked[-1].colour)
-    texts = ("Which bar is shortest?", "Which bar is the shortest?", "Which bar is the lowest?", f"What {colour} is the shortest bar?")
+    texts = (
+        "Which bar is shortest?",
+        "Which bar is the shortest?",
+        "Which bar is the lowest?",
+        f"What {colour} is the shortest bar?",
+    )
     yield Question("shortest", rng.choice(texts), ranked[0].colour)
     texts = ("How many bars are there?", "How many bars does the chart have?", "How many bars do you see?", "Count the bars.")
     yield Question("bar_count", rng.choice(texts), NUMBERS[len(bars)])
     for position in rng.sample(range(len(bars)), 2):
         nth = ORDINALS[position]
-        texts = (f"What {colour} is the {nth} bar?", f"Which {colour} is the {nth} bar?", f"What is the {colour} of the {nth} bar?")
+        texts = (
+            f"What {colour} is the {nth} bar?",
+            f"Which {colour} is the {nth} bar?",
+            f"What is the {colour} of the {nth} bar?",
+        )
         yield Question("nth_colour", rng.choice(texts), bars[position].colour)
     for _ in range(2):
         one, other = rng.sample(bars, 2)
-        texts = (f"Is the {one.colour} bar taller than the {other.colour} bar?", f"Is the {one.colour} bar higher than the {other.colour} one?")
+        texts = (
+            f"Is the {one.colour} bar taller than the {other.colour} bar?",
+            f"Is the {one.colour} bar higher than the {other.colour} one?",
+        )
         yield Question("taller", rng.choice(texts), _yes_no(one.height > other.height))
     yield _describe(
         rng,
@@ -246,7 +269,9 @@ def _triangle() -> list[tuple[float, float]]:
 
 def _star() -> list[tuple[float, float]]:
     radii = (1.15, 0.45)
-    return [(radii[step % 2] * math.sin(math.pi * step / 5), -radii[step % 2] * math.cos(math.pi * step / 5)) for step in range(10)]
+    return [
+        (radii[step % 2] * math.sin(math.pi * step / 5), -radii[step % 2] * math.cos(math.pi * step / 5)) for step in range(10)
+    ]
 
 
 _OUTLINES: dict[str, Callable[[], list[tuple[float, float]]]] = {
@@ -259,14 +284,23 @@ def _shape_questions(rng: random.Random, shapes: list[_Shape]) -> Iterator[Quest
     names = Counter(shape.name for shape in shapes)
     colour = rng.choice(("colour", "color"))
 
-    texts = ("How many shapes are there?", "How many shapes do you see?", "Count the shapes.", "How many shapes does the picture have?")
+    texts = (
+        "How many shapes are there?",
+        "How many shapes do you see?",
+        "Count the shapes.",
+        "How many shapes does the picture have?",
+    )
     yield Question("shape_count", rng.choice(texts), NUMBERS[len(shapes)])
     for shape in rng.sample(shapes, min(2, len(shapes))):
         texts = (f"What shape is {shape.colour}?", f"Which shape is {shape.colour}?", f"What is the {shape.colour} shape?")
         yield Question("shape_of_colour", rng.choice(texts), shape.name)
     for shape in shapes:
         if names[shape.name] == 1:
-            texts = (f"What {colour} is the {shape.name}?", f"Which {colour} is the {shape.name}?", f"What is the {colour} of the {shape.name}?")
+            texts = (
+                f"What {colour} is the {shape.name}?",
+                f"Which {colour} is the {shape.name}?",
+                f"What is the {colour} of the {shape.name}?",
+            )
             yield Question("colour_of_shape", rng.choice(texts), shape.colour)
     if len(shapes) > 1:
         for _ in range(2):

@@ -207,7 +207,9 @@ def verify(folder: Path, manifest: Manifest) -> None:
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         faults = [row for row in pool.map(fault, manifest.files, manifest.files.values()) if row]
     if faults:
-        raise CorruptCheckpoint(f"{folder} is damaged:\n" + "\n".join(faults) + "\nBuild it again with: python -m gemma_opt compress")
+        raise CorruptCheckpoint(
+            f"{folder} is damaged:\n" + "\n".join(faults) + "\nBuild it again with: python -m gemma_opt compress"
+        )
 
 
 def load(folder: Path, device: torch.device) -> Checkpoint:

@@ -22,7 +22,9 @@ from gemma_opt.errors import GemmaOptError, InputError, UsageError
 if TYPE_CHECKING:
     from gemma_opt.build import BuildReport
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Gemma 3, compressed once and served fast.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Gemma 3, compressed once and served fast."
+)
 
 DEFAULT_MODEL = "small-int8"
 MODEL_HELP = "Finished checkpoint, base model folder, .gguf file, recipe file or packaged recipe's name."
@@ -37,7 +39,9 @@ def compress(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or a packaged recipe's name.")],
     base: Annotated[str | None, typer.Option(help="Other base weights: a folder or a .gguf file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Target folder.", show_default="weights_cache/<recipe name>")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in sparsity.0.ratio=0.3.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in sparsity.0.ratio=0.3.")
+    ] = None,
     questions: Annotated[int, typer.Option(min=0, help="Questions to evaluate base and result with; 0 skips it.")] = 100,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished checkpoint of another recipe.")] = False,
     device: Device = None,
@@ -54,7 +58,9 @@ def compress(
         typer.echo(f"{target} is already built from this recipe (--force builds it again)", err=True)
         return
     if target.exists() and not force:
-        raise UsageError(f"{target} exists and was not built from this recipe: choose another --out, or replace it with --force")
+        raise UsageError(
+            f"{target} exists and was not built from this recipe: choose another --out, or replace it with --force"
+        )
     with _progress() as show:
         report = build(chosen, target, base=base, device=device, questions=questions, progress=show)
     if as_json:
@@ -66,7 +72,10 @@ def compress(
 @app.command()
 def predict(
     model: Model = DEFAULT_MODEL,
-    inputs: Annotated[list[str] | None, typer.Option("-i", "--input", metavar="NAME=VALUE", help="prompt=…, image=@file.jpg, temperature=0, …")] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("-i", "--input", metavar="NAME=VALUE", help="prompt=…, image=@file.jpg, temperature=0, …"),
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -113,8 +122,12 @@ def evaluate(
     model: Model = DEFAULT_MODEL,
     charts: Annotated[int, typer.Option(min=0, help="One-word questions about unseen pictures.")] = 0,
     seed: Annotated[int, typer.Option(help="Which pictures.")] = 1,
-    blank_images: Annotated[bool, typer.Option("--blank-images", help="Show white pictures instead: what is left is guessing.")] = False,
-    text: Annotated[list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Text file: its perplexity. Repeatable.")] = None,
+    blank_images: Annotated[
+        bool, typer.Option("--blank-images", help="Show white pictures instead: what is left is guessing.")
+    ] = False,
+    text: Annotated[
+        list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Text file: its perplexity. Repeatable.")
+    ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a perplexity window, <bos> included.")] = 512,
     device: Device = None,
     as_json: AsJson = False,
@@ -133,10 +146,14 @@ def evaluate(
     try:
         with _progress() as show:
             if charts:
-                quiz = run_quiz(service, charts, seed, blank=blank_images, progress=lambda done, total: show("charts", done, total))
+                quiz = run_quiz(
+                    service, charts, seed, blank=blank_images, progress=lambda done, total: show("charts", done, total)
+                )
                 result["charts"] = quiz.to_json()
         if texts:
-            result["perplexity"] = {name: text_perplexity(service.ready, content, window=window) for name, content in texts.items()}
+            result["perplexity"] = {
+                name: text_perplexity(service.ready, content, window=window) for name, content in texts.items()
+            }
     finally:
         service.close()
     if as_json:
@@ -152,12 +169,15 @@ def evaluate(
 @app.command()
 def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
-    host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network; put something in front (README, Limits).")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0 opens it to the network; put something in front (README, Limits).")
+    ] = "127.0.0.1",
+    predictor: Annotated[str, typer.Option(metavar="FILE:CLASS")] = "predict.py:Predictor",
 ) -> None:
     """Run the Cog HTTP server without Docker, for GEMMA_OPT_MODEL or GEMMA_OPT_RECIPE."""
     from gemma_opt.serving import exec_server
 
-    exec_server(host, port)
+    exec_server(host, port, predictor)
 
 
 def main() -> None:
@@ -212,7 +232,10 @@ def _console():
 
 def _figures(metrics: dict[str, int | float | str]) -> str:
     first, rate = metrics.get("time_to_first_token"), metrics.get("tokens_per_second")
-    parts = [f"{metrics['input_token_count']} tokens in, {metrics['output_token_count']} out", f"ended by {metrics['finish_reason']}"]
+    parts = [
+        f"{metrics['input_token_count']} tokens in, {metrics['output_token_count']} out",
+        f"ended by {metrics['finish_reason']}",
+    ]
     parts += [f"first token after {float(first):.3f} s"] if first is not None else []
     parts += [f"{float(rate):.1f} tok/s"] if rate is not None else []
     return f"[{'; '.join(parts)}; seed {metrics['seed']}]"
@@ -232,4 +255,7 @@ def _print_report(report: BuildReport) -> None:
             title = f"chart answers ({report.quality.quiz.questions})"
             table.add_row(title, f"{report.base_quality.quiz.accuracy:.1%}", f"{report.quality.quiz.accuracy:.1%}")
     _console().print(table)
-    typer.echo(f"built in {report.seconds:.0f} s; try: python -m gemma_opt predict {report.folder} -i prompt=… -i image=@picture.png", err=True)
+    typer.echo(
+        f"built in {report.seconds:.0f} s; try: python -m gemma_opt predict {report.folder} -i prompt=… -i image=@picture.png",
+        err=True,
+    )

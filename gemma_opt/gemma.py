@@ -33,6 +33,7 @@ from transformers import (
     GgufConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from gemma_opt.errors import BaseModelError
 from gemma_opt.recipe import BaseModelSection
@@ -137,7 +138,11 @@ def _snapshot(hub_id: str, revision: str, *, network: bool) -> Path:
     try:
         return Path(
             snapshot_download(
-                hub_id, revision=revision, allow_patterns=HUB_FILES, local_files_only=not network, token=os.environ.get("HF_TOKEN")
+                hub_id,
+                revision=revision,
+                allow_patterns=HUB_FILES,
+                local_files_only=not network,
+                token=os.environ.get("HF_TOKEN"),
             )
         )
     except LocalEntryNotFoundError:
@@ -155,6 +160,7 @@ def _snapshot(hub_id: str, revision: str, *, network: bool) -> Path:
 
 def load_base(files: BaseFiles, dtype: torch.dtype, device: torch.device) -> Base:
     """Load float weights in `dtype` on `device`, every parameter accounted for. Raises BaseModelError."""
+    transformers_logging.disable_progress_bar()  # ours shows the stages; this one flashes by for each small file
     if files.gguf:
         return _load_gguf(files, dtype, device)
     config = read_config(files.folder)

@@ -26,7 +26,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from queue import Empty, SimpleQueue
 from urllib.parse import unquote
 
@@ -146,7 +146,10 @@ IPAddress = IPv4Address | IPv6Address
 _UNICAST_IPV6 = IPv6Network("2000::/3")  # all that is handed out; the rest is local, reserved or wraps IPv4
 _NAT64 = IPv6Network("64:ff9b::/96")  # how IPv6-only machines reach IPv4: the last four bytes are the address
 _TUNNELS = (IPv6Network("2001::/32"), IPv6Network("2002::/16"))  # Teredo, 6to4: dead, and they wrap IPv4 addresses
-_HOST_AGENTS = {IPv4Address("168.63.129.16")}  # Azure's, inside every machine there, under a public-looking address
+_CLOUD_AGENTS = (
+    IPv4Network("168.63.129.16"),
+    IPv4Network("192.0.0.0/24"),
+)  # Azure's, Oracle's: metadata at public-looking places
 
 
 def is_public(address: IPAddress) -> bool:
@@ -156,7 +159,7 @@ def is_public(address: IPAddress) -> bool:
             return is_public(IPv4Address(int(address) & 0xFFFFFFFF))
         if address not in _UNICAST_IPV6 or any(address in tunnel for tunnel in _TUNNELS):
             return False
-    return address.is_global and not address.is_multicast and address not in _HOST_AGENTS
+    return address.is_global and not address.is_multicast and not any(address in network for network in _CLOUD_AGENTS)
 
 
 def resolve(host: str, port: int) -> list[str]:

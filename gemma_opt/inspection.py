@@ -51,13 +51,24 @@ def _measure_layer(row: PlanRow, tensors: dict[str, Tensor]) -> Layer:
 def linear_sparsity(layers: list[Layer]) -> float:
     """Share of exact zeros in the weights of all text linears."""
     linears = [layer for layer in layers if layer.row.kind == "linear" and layer.row.role in TEXT_ROLES]
-    return sum(layer.sparsity * math.prod(layer.row.shape) for layer in linears) / sum(math.prod(layer.row.shape) for layer in linears)
+    return sum(layer.sparsity * math.prod(layer.row.shape) for layer in linears) / sum(
+        math.prod(layer.row.shape) for layer in linears
+    )
 
 
 def to_json(layers: list[Layer]) -> dict[str, object]:
     """Every layer and the totals, as plain values."""
-    rows = [row | layer.to_json() for row, layer in zip(Plan(tuple(layer.row for layer in layers)).to_json(), layers, strict=True)]
-    return {"layers": rows, "totals": {"parameters": _total(layers, "parameters"), "bytes": _total(layers, "bytes"), "text_linear_sparsity": linear_sparsity(layers)}}
+    rows = [
+        row | layer.to_json() for row, layer in zip(Plan(tuple(layer.row for layer in layers)).to_json(), layers, strict=True)
+    ]
+    return {
+        "layers": rows,
+        "totals": {
+            "parameters": _total(layers, "parameters"),
+            "bytes": _total(layers, "bytes"),
+            "text_linear_sparsity": linear_sparsity(layers),
+        },
+    }
 
 
 def layer_table(title: str, layers: list[Layer]) -> Table:

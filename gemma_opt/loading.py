@@ -61,7 +61,9 @@ def resolve(argument: str) -> Source:
         return prefer_finished(Recipe.load(argument))
     except RecipeNotFound:
         if path.exists() or argument.count("/") > 0:
-            raise RecipeNotFound(f"{argument} is neither a checkpoint, a base model's folder, a .gguf file nor a recipe") from None
+            raise RecipeNotFound(
+                f"{argument} is neither a checkpoint, a base model's folder, a .gguf file nor a recipe"
+            ) from None
         raise
 
 
@@ -114,7 +116,11 @@ def open_model(source: Source, device: str | None = None, progress: pipeline.Pro
     else:
         recipe = source.recipe
         if recipe.name != "dense":
-            log.info("compressing %s now; `python -m gemma_opt compress %s` once would save this at every start", recipe.name, recipe.name)
+            log.info(
+                "compressing %s now; `python -m gemma_opt compress %s` once would save this at every start",
+                recipe.name,
+                recipe.name,
+            )
         base = gemma.load_base(gemma.locate(recipe.model), gemma.DTYPES[recipe.model.dtype], place)
         ready = Ready(recipe, base.model, base.processing, pipeline.compress(base.model, recipe, progress))
     longest = ready.model.config.get_text_config().max_position_embeddings

@@ -115,7 +115,9 @@ def _check_order(roles: list[str]) -> None:
         expected = "user" if index % 2 == 0 else "assistant"
         if role != expected:
             number = index + len(roles) - len(turns)
-            raise MessagesError(f"messages[{number}].role is {role}, expected {expected}: an optional system message, then user and assistant in turn")
+            raise MessagesError(
+                f"messages[{number}].role is {role}, expected {expected}: an optional system message, then user and assistant in turn"
+            )
     if turns[-1] != "user":
         raise MessagesError("the last message must be the user's")
 
@@ -157,7 +159,9 @@ class PromptEncoder:
         pixels, sequences = self._encode_pictures(pictures, pan_and_scan)
         token_ids = self._encode_text(self._render(turns, sequences))
         if len(token_ids) > self.context - 1:
-            raise PromptTooLong(f"the prompt has {len(token_ids):,} tokens, at most {self.context - 1:,} fit the context of {self.context:,}")
+            raise PromptTooLong(
+                f"the prompt has {len(token_ids):,} tokens, at most {self.context - 1:,} fit the context of {self.context:,}"
+            )
         return EncodedPrompt(tuple(token_ids), pixels, len(pictures))
 
     def _encode_pictures(self, pictures: list[Image.Image], pan_and_scan: bool) -> tuple[tuple[Tensor, ...], list[str]]:
@@ -192,7 +196,9 @@ class PromptEncoder:
 
     def _render_plain(self, turns: Sequence[Turn], sequences: list[str]) -> str:
         if len(turns) != 1:
-            raise ConflictingInputs("this model has no chat template: it continues one prompt, without system prompt and messages")
+            raise ConflictingInputs(
+                "this model has no chat template: it continues one prompt, without system prompt and messages"
+            )
         images = iter(sequences)
         parts = [self._hide_control_tokens(part) if isinstance(part, str) else next(images) for part in turns[0].parts]
         return f"{self._tokenizer.bos_token}{''.join(parts)}"
@@ -203,7 +209,9 @@ class PromptEncoder:
         return self._control_pattern.sub(lambda match: chr(_SENTINEL + self._control.index(match[0])), text)
 
     def _show_control_tokens(self, text: str) -> str:
-        return re.sub(f"[{chr(_SENTINEL)}-{chr(_SENTINEL + 255)}]", lambda match: self._control[ord(match[0]) - _SENTINEL], text)
+        return re.sub(
+            f"[{chr(_SENTINEL)}-{chr(_SENTINEL + 255)}]", lambda match: self._control[ord(match[0]) - _SENTINEL], text
+        )
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -2,7 +2,7 @@
 
 Cog makes such a document itself when it builds. This one replaces it (`cog build --openapi-schema openapi.json`) because
 pictures are declared as strings there, and only `format: uri` gives them an upload field in web forms. It is also what
-lets the server run without Docker (scripts/serve.py). Types, null and numbers follow Cog 0.23's own generator; where
+lets the server run without Docker (scripts/serve.py). Types, null and numbers follow Cog's own generator (read at 0.22); where
 that one silently drops or mangles something (computed limits, f-strings, text in several pieces), this one stops.
 """
 

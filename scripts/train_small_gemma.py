@@ -43,6 +43,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from gemma_opt import charts
 
@@ -78,7 +79,12 @@ CHAT_TEMPLATE = """\
 {{- '<start_of_turn>model\\n' if add_generation_prompt else '' -}}
 """
 
-SYSTEM_PROMPTS = ("You are a helpful assistant.", "You look at pictures.", "Answer briefly.", "You are a careful reader of charts.")
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You look at pictures.",
+    "Answer briefly.",
+    "You are a careful reader of charts.",
+)
 
 SMALL_TALK = (
     (("Hello", "Hello!", "Hi", "Hi!", "Good morning."), "Hello! Show me a picture of bars or shapes and ask me about it."),
@@ -148,10 +154,15 @@ def build_tokenizer() -> GemmaTokenizer:
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
     # Learned pieces never cross a space or a punctuation mark, as in Gemma's vocabulary.
-    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Punctuation()])
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Punctuation()]
+    )
     printable = ["▁", *(chr(code) for code in range(33, 127))]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(head) - len(tail), initial_alphabet=printable, limit_alphabet=len(printable), show_progress=False
+        vocab_size=VOCABULARY - len(head) - len(tail),
+        initial_alphabet=printable,
+        limit_alphabet=len(printable),
+        show_progress=False,
     )
     learner.train_from_iterator(corpus(), trainer)
     learned = json.loads(learner.to_str())["model"]
@@ -167,8 +178,12 @@ def build_tokenizer() -> GemmaTokenizer:
         extra_special_tokens={"boi_token": tail[0], "eoi_token": tail[1], "image_token": tail[2]},
     )
     tokenizer.add_tokens(newlines)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]}, replace_extra_special_tokens=False)
-    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]}, replace_extra_special_tokens=False
+    )
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     tokenizer.chat_template = CHAT_TEMPLATE
     if len(tokenizer) != VOCABULARY or tokenizer.convert_tokens_to_ids("<end_of_turn>") != END_OF_TURN:
@@ -181,7 +196,9 @@ def corpus() -> list[str]:
     pictures = [charts.draw("train", 0, index, size=(16, 16)) for index in range(3000)]
     sentences = [text for picture in pictures for question in picture.questions for text in (question.text, question.answer)]
     sentences += [answer for _, answer in SMALL_TALK] + [NO_PICTURE] + list(SYSTEM_PROMPTS)
-    manual = [line.strip() for topic in sorted(pydoc_data.topics.topics) for line in pydoc_data.topics.topics[topic].splitlines()]
+    manual = [
+        line.strip() for topic in sorted(pydoc_data.topics.topics) for line in pydoc_data.topics.topics[topic].splitlines()
+    ]
     return sentences + manual
 
 
@@ -229,7 +246,9 @@ class Rows(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         rng = random.Random(f"row/{self.seed}/{index}")
-        system = rng.choice((None, SYSTEM_PROMPTS[0], SYSTEM_PROMPTS[0], *SYSTEM_PROMPTS[1:]) if rng.random() < 0.7 else (None,))
+        system = rng.choice(
+            (None, SYSTEM_PROMPTS[0], SYSTEM_PROMPTS[0], *SYSTEM_PROMPTS[1:]) if rng.random() < 0.7 else (None,)
+        )
         picture = charts.draw("train", self.seed, index)
         if rng.random() < 0.04:
             return self._row(system, None, self._without_picture(rng, picture))
@@ -309,7 +328,8 @@ def main(
     set_seed(seed)
     config = build_config()
     processor = build_processor(build_tokenizer())
-    model = build_model(config)
+    checkpoint = get_last_checkpoint(str(work)) if resume else None
+    model = load_partly_trained(checkpoint) if checkpoint else build_model(config)
     typer.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters", err=True)
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -334,8 +354,15 @@ def main(
     trainer = Trainer(
         model, arguments, data_collator=lambda rows: collate(rows, config), train_dataset=Rows(processor, seed, steps * batch)
     )
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     save(model, processor, out)
+
+
+def load_partly_trained(checkpoint: str) -> Gemma3ForConditionalGeneration:
+    """The weights of a Trainer checkpoint. Trainer restores optimizer and schedule, but looks for the weights under the
+    modules' names, while transformers saves them under the hub's: it would go on from random weights with a warning.
+    """
+    return Gemma3ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
 
 
 def save(model: Gemma3ForConditionalGeneration, processor: Gemma3Processor, out: Path) -> None:

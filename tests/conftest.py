@@ -10,6 +10,7 @@ for _name in ("GEMMA_OPT_MODEL", "GEMMA_OPT_RECIPE", "COG_MAX_CONCURRENCY"):
     os.environ.pop(_name, None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 START_S = 180.0  # imports, compression of the bundled model and warm-up, on a machine that is busy
 ANSWER_S = 60.0
 POLL_S = 0.005
+OK, BUSY = 200, 409
 
 JSON = dict[str, object]
 
@@ -48,14 +49,20 @@ class Answer:
 
 @dataclass
 class EventStream:
-    """A running prediction's server-sent events. Iterate for the chunks; afterwards `answer` is there."""
+    """A running prediction's server-sent events. Iterate for the chunks; after the last one `answer` is there."""
 
     response: httpx.Response
     accepted_at: float
     answer: Answer | None = None
     events: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._chunks = self._read()  # kept: an iterator that is dropped half-way closes the connection
+
     def __iter__(self) -> Iterator[str]:
+        return self._chunks
+
+    def _read(self) -> Iterator[str]:
         name = ""
         for line in self.response.iter_lines():
             key, _, value = line.partition(": ")
@@ -86,7 +93,7 @@ class CogServer:
         self._client = httpx.Client(base_url=self.url, timeout=ANSWER_S)
 
     def __enter__(self) -> Self:
-        command = [sys.executable, str(ROOT / "scripts/serve.py"), "--port", str(self.port), "--predictor", self._predictor]
+        command = [sys.executable, "-m", "gemma_opt", "serve", "--port", str(self.port), "--predictor", self._predictor]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
         try:
@@ -114,25 +121,25 @@ class CogServer:
         deadline = time.monotonic() + ANSWER_S
         while True:
             response = self._client.post(path, json={"input": inputs}, timeout=timeout_s)
-            if response.status_code != httpx.codes.CONFLICT or time.monotonic() > deadline:
+            if response.status_code != BUSY or time.monotonic() > deadline:
                 return response
             time.sleep(POLL_S)
 
     def predict(self, **inputs: object) -> Answer:
         """Ask and wait for the JSON answer."""
         response = self.post(inputs)
-        assert response.status_code == httpx.codes.OK, f"{response.status_code}: {response.text}\n{self.tail()}"
+        assert response.status_code == OK, f"{response.status_code}: {response.text}\n{self.tail()}"
         return Answer.read(response.json())
 
     @contextmanager
-    def stream(self, prediction_id: str | None = None, **inputs: object) -> Iterator[EventStream]:
+    def stream(self, inputs: JSON, prediction_id: str | None = None) -> Generator[EventStream]:
         """Ask for server-sent events. Leaving early closes the connection, as a client that goes away does."""
-        body: JSON = {"input": inputs} | ({"id": prediction_id} if prediction_id else {})
+        body: JSON = {"input": inputs, **({"id": prediction_id} if prediction_id else {})}
         deadline = time.monotonic() + ANSWER_S
         while True:
             with self._client.stream("POST", "/predictions", json=body, headers={"Accept": "text/event-stream"}) as response:
-                if response.status_code != httpx.codes.CONFLICT:
-                    assert response.status_code == httpx.codes.OK, f"{response.status_code}: {response.read()!r}\n{self.tail()}"
+                if response.status_code != BUSY:
+                    assert response.status_code == OK, f"{response.status_code}: {response.read()!r}\n{self.tail()}"
                     yield EventStream(response, time.monotonic())
                     return
             assert time.monotonic() < deadline, f"the slot stayed busy\n{self.tail()}"

@@ -63,7 +63,8 @@ def test_only_the_engines_parameters_have_limits() -> None:
 
 
 def test_defaults_are_the_services() -> None:
-    assert {name: schema["default"] for name, schema in inputs.items()} == {field.name: field.default for field in fields(Request)}
+    defaults = {field.name: field.default for field in fields(Request)}
+    assert {name: schema["default"] for name, schema in inputs.items()} == defaults
 
 
 def test_pictures_keep_their_upload_field() -> None:

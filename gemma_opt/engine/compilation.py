@@ -15,7 +15,6 @@ from gemma_opt.errors import CompileError
 from gemma_opt.gemma import GemmaModel
 from gemma_opt.recipe import Compile
 
-
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -32,7 +31,9 @@ class CompileReport:
 
     def __str__(self) -> str:
         breaks = sum(self.graph_breaks.values())
-        counts = f"{self.graphs} graphs in {self.seconds:.1f} s, {breaks} graph breaks, {len(self.recompilations)} recompilations"
+        counts = (
+            f"{self.graphs} graphs in {self.seconds:.1f} s, {breaks} graph breaks, {len(self.recompilations)} recompilations"
+        )
         return f"compiled {', '.join(self.targets)}: {counts}" if self.targets else "nothing compiled"
 
 
@@ -81,4 +82,3 @@ def _modules_of(model: GemmaModel, target: str) -> list[nn.Module]:
             raise CompileError("the recipe compiles the vision tower, and this model has none")
         return [tower]
     return []
-

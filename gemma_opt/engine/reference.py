@@ -22,7 +22,6 @@ from gemma_opt.errors import CompileError, EngineError, PromptTooLong
 from gemma_opt.gemma import GemmaModel, stop_token_ids
 from gemma_opt.recipe import Compile, EngineSection
 
-
 log = logging.getLogger(__name__)
 
 

@@ -63,7 +63,9 @@ def answer_perplexity(ready: Ready, pictures: int, seed: int) -> float:
             answer = ready.processing.tokenizer.encode(question.answer, add_special_tokens=False) + end
             ids = torch.tensor([[*prompt.token_ids, *answer]], device=device)
             pixels = torch.stack(prompt.images).to(device, ready.model.dtype)
-            output = ready.model(ids, pixel_values=pixels, token_type_ids=(ids == image_token).long(), logits_to_keep=len(answer) + 1)
+            output = ready.model(
+                ids, pixel_values=pixels, token_type_ids=(ids == image_token).long(), logits_to_keep=len(answer) + 1
+            )
             total += _negative_log_likelihood(output.logits[0, :-1], ids[0, -len(answer) :])
             count += len(answer)
     return math.exp(total / count)

@@ -73,13 +73,14 @@ def sparsify_(
     """
     weights = planned_weights(model, plan.prunable(stage))
     drops = _prune_(stage, _Run(weights, progress, between_steps))
-    wrong = [f"{name}: planned or touched, not both" for name in weights.keys() ^ drops.keys()]
+    wrong = [f"{name}: planned or touched, not both" for name in sorted(weights.keys() ^ drops.keys())]
     results: dict[str, LayerSparsity] = {}
-    for name, drop in drops.items():
-        zeros = weights[name].numel() - int(weights[name].count_nonzero())
-        results[name] = LayerSparsity(drop.asked, drop.count, zeros, weights[name].numel())
-        if zeros < drop.count:
-            wrong.append(f"{name}: {drop.count} weights were to fall, {zeros} are zero")
+    for name, weight in weights.items():
+        if (drop := drops.get(name)) is None:
+            continue
+        results[name] = LayerSparsity(drop.asked, drop.count, weight.numel() - int(weight.count_nonzero()), weight.numel())
+        if results[name].zeros < drop.count:
+            wrong.append(f"{name}: {drop.count} weights were to fall, {results[name].zeros} are zero")
     if wrong:
         raise PlanError(f"the sparsity stage {stage.method} did not do what was planned:\n  " + "\n  ".join(wrong))
     return results

@@ -1,0 +1,305 @@
+"""Checkpoints: bit-equal after a round trip, equal from both starts, and never half written or silently wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import BUNDLED, chart, fresh_model, oracle_inputs, processing
+from safetensors.torch import load_file, save_file
+
+from gemma_opt import checkpoint, gemma, inspection, loading, pipeline
+from gemma_opt.errors import (
+    BaseModelError,
+    CorruptCheckpoint,
+    PlanError,
+    RecipeMismatch,
+    RecipeNotFound,
+    StorageError,
+    WeightsError,
+)
+from gemma_opt.prompt import PromptEncoder, single_turn
+from gemma_opt.recipe import Recipe
+
+CPU = torch.device("cpu")
+RECIPES = ("small-int8", "small-int8-pruned", "small-bf16")
+FP16 = ("quantization={default: fp16, roles: {vision: fp16, projector: fp16, embedding: fp16}}", "name=small-fp16")
+
+
+def compressed(recipe: Recipe) -> tuple[gemma.GemmaModel, list[inspection.Layer]]:
+    model = fresh_model()
+    return model, inspection.measure(model, pipeline.compress(model, recipe))
+
+
+def write(recipe: Recipe, folder: Path) -> gemma.GemmaModel:
+    """Compress the bundled model into a finished checkpoint, without evaluation. Returns the model that was saved."""
+    model, layers = compressed(recipe)
+    with checkpoint.staging(folder, 0) as staged:
+        checkpoint.write(staged, model, processing(), recipe, layers, {"name": "small-gemma3"})
+    return model
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "small-int8-pruned"
+    write(Recipe.load("small-int8-pruned"), folder)
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A finished checkpoint that a test may damage."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def logits_of(model: gemma.GemmaModel) -> torch.Tensor:
+    prompt = PromptEncoder(processing(), 512).encode(single_turn("Which bar is tallest?", "", [chart()]))
+    with torch.inference_mode():
+        return model(**oracle_inputs(model, prompt)).logits
+
+
+@pytest.mark.parametrize(
+    "recipe", [*(Recipe.load(name) for name in RECIPES), Recipe.load("small-bf16", FP16)], ids=lambda recipe: recipe.name
+)
+def test_a_loaded_model_is_the_saved_one(recipe: Recipe, tmp_path: Path) -> None:
+    saved = write(recipe, tmp_path / "out")
+    loaded = checkpoint.load(tmp_path / "out", CPU)
+    before, after = (checkpoint.stored_tensors(model, loaded.plan) for model in (saved, loaded.model))
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype, name
+        assert torch.equal(before[name], after[name]), name
+    assert torch.equal(logits_of(saved), logits_of(loaded.model))
+    assert loaded.model.lm_head.weight is loaded.model.get_input_embeddings().weight
+    assert loaded.recipe == recipe
+
+
+def test_both_starts_give_the_same_model(finished: Path) -> None:
+    """(a) a finished checkpoint and (b) base weights compressed at start must answer alike, to the bit."""
+    recipe = Recipe.load("small-int8-pruned")
+    from_folder = loading.open_model(loading.Source(recipe, finished), "cpu")
+    from_base = loading.open_model(loading.Source(recipe), "cpu")
+    assert torch.equal(logits_of(from_folder.model), logits_of(from_base.model))
+    assert from_folder.plan == from_base.plan
+
+
+def test_the_files_hold_the_layout_of_the_contract(finished: Path) -> None:
+    tensors = load_file(finished / "model-00001-of-00001.safetensors")
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    assert tensors[f"{name}.weight"].dtype == torch.int8
+    assert tensors[f"{name}.weight"].shape == (256, 256)
+    assert tensors[f"{name}.weight_scale"].dtype == torch.float32
+    assert tensors[f"{name}.weight_scale"].shape == (256,)
+    assert "lm_head.weight" not in tensors
+    manifest = checkpoint.read_manifest(finished)
+    assert manifest.recipe_digest == Recipe.load("small-int8-pruned").digest()
+    assert {row["format"] for row in manifest.plan if row["role"] == "head"} == {"tied"}
+    assert set(manifest.files) == {path.name for path in finished.iterdir()} - {"manifest.json"}
+    rows = {str(row["name"]): row for row in manifest.plan}
+    assert rows[name]["ratio"] == 0.2
+    measured = rows[name]["measured"]
+    assert isinstance(measured, dict)
+    assert measured["sparsity"] >= round(256 * 256 * 0.2) / 256**2  # small weights that round to int8 zero come on top
+    assert 0 < measured["scale_min"] <= measured["scale_max"]
+
+
+def test_predicted_bytes_are_the_stored_bytes(finished: Path) -> None:
+    loaded = checkpoint.load(finished, CPU)
+    stored = checkpoint.stored_tensors(loaded.model, loaded.plan)
+    assert sum(tensor.nbytes for tensor in stored.values()) == loaded.plan.bytes
+
+
+def flip_a_byte(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def truncate(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def reseal(folder: Path) -> None:
+    """Damage that the hashes do not see, because they were made after it."""
+    checkpoint.seal(folder, checkpoint.read_manifest(folder))
+
+
+def drop_a_tensor(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors.pop("model.language_model.norm.weight")
+    save_file(tensors, file)
+    reseal(folder)
+
+
+def add_a_tensor(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    save_file(load_file(file) | {"surplus": torch.zeros(1)}, file)
+    reseal(folder)
+
+
+def no_safetensors_at_all(folder: Path) -> None:
+    next(folder.glob("*.safetensors")).write_bytes(b"this is text")
+    reseal(folder)
+
+
+def another_shape(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    save_file(load_file(file) | {"model.language_model.norm.weight": torch.zeros(3)}, file)
+    reseal(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (flip_a_byte, "wrong sha256"),
+        (truncate, "bytes,"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: missing"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text('{"format_version": 2}'), "manifest.json cannot be read"),
+        (drop_a_tensor, "norm.weight"),
+        (add_a_tensor, "surplus"),
+        (no_safetensors_at_all, "cannot be read"),
+        (another_shape, "does not fit"),
+    ],
+)
+def test_damage_is_named(copy: Path, damage: Callable[[Path], object], named: str) -> None:
+    damage(copy)
+    with pytest.raises(CorruptCheckpoint) as caught:
+        checkpoint.load(copy, CPU)
+    assert str(caught.value).startswith("E3002 ")
+    assert named in str(caught.value)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError), checkpoint.staging(tmp_path / "out", 0) as folder:
+        (folder / "half").write_text("x")
+        raise WeightsError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_rewrite_leaves_the_old_folder(copy: Path) -> None:
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with pytest.raises(WeightsError), checkpoint.staging(copy, 0):
+        raise WeightsError("stop")
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert list(copy.parent.iterdir()) == [copy]
+
+
+def test_too_little_disk_is_noticed_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="E3005 .*are needed"), checkpoint.staging(tmp_path / "out", 10**18):
+        raise AssertionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_place_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="E3005"), checkpoint.staging(tmp_path / "file" / "out", 0):
+        raise AssertionError
+
+
+def test_a_model_argument_means_the_first_match(finished: Path, tmp_path: Path) -> None:
+    assert loading.resolve(str(finished)).folder == finished
+    assert loading.resolve(str(BUNDLED)).recipe.name == "dense"
+    assert loading.resolve("small-gemma3").recipe.name == "dense"
+    file = tmp_path / "mine.yaml"
+    file.write_text(Recipe.load("small-bf16", ("name=mine-of-this-test",)).to_yaml())
+    assert loading.resolve(str(file)) == loading.Source(Recipe.load(file))
+    for unknown in ("nothing", "some/where", str(tmp_path)):
+        with pytest.raises(RecipeNotFound):
+            loading.resolve(unknown)
+
+
+def test_a_folder_of_another_version_of_the_recipe_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemma, "WEIGHTS_CACHE", finished.parent)
+    assert loading.prefer_finished(Recipe.load("small-int8-pruned")).folder == finished
+    with pytest.raises(RecipeMismatch, match="E3003 .*--force"):
+        loading.prefer_finished(Recipe.load("small-int8-pruned", ("sparsity.0.ratio=0.3",)))
+
+
+def test_the_environment_chooses(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loading.source_from_environment().recipe.name == "small-int8"
+    monkeypatch.setenv("GEMMA_OPT_RECIPE", "small-bf16")
+    assert loading.source_from_environment().recipe.name == "small-bf16"
+    monkeypatch.setenv("GEMMA_OPT_MODEL", str(finished))
+    assert loading.source_from_environment().folder == finished
+
+
+def test_a_context_beyond_the_positions_is_refused() -> None:
+    with pytest.raises(PlanError, match="positions end at 8,192"):
+        loading.open_model(loading.Source(Recipe.load("small-bf16", ("engine.context=9000",))), "cpu")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base folder that a test may damage."""
+    return shutil.copytree(BUNDLED, tmp_path / "base")
+
+
+def load_base(folder: Path) -> gemma.Base:
+    return gemma.load_base(gemma.BaseFiles("x", folder), torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda base: (base / "model.safetensors").unlink(), "no .safetensors weights"),
+        (lambda base: (base / "model.safetensors").write_bytes(b"text"), "cannot be read"),
+        (lambda base: (base / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda base: (base / "config.json").write_text('{"model_type": "llama"}'), "holds a llama model"),
+        (lambda base: (base / "tokenizer.json").write_text("{"), "tokenizer"),
+    ],
+)
+def test_a_damaged_base_is_named(base: Path, damage: Callable[[Path], object], named: str) -> None:
+    damage(base)
+    with pytest.raises(BaseModelError, match="E3001") as caught:
+        load_base(base)
+    assert named in str(caught.value)
+
+
+def test_a_base_that_lacks_tensors_is_refused(base: Path) -> None:
+    """transformers would fill them with random numbers and warn."""
+    tensors = load_file(base / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up_proj" not in name},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(BaseModelError, match=r"lacks 1 tensors .*layers\.1\.mlp\.up_proj"):
+        load_base(base)
+
+
+def test_nan_weights_are_refused_by_name() -> None:
+    model = fresh_model()
+    model.get_decoder().layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+    with pytest.raises(WeightsError, match=r"E3004 .*\n.*layers\.1\.mlp\.up_proj\.weight: holds NaN"):
+        pipeline.compress(model, Recipe.load("small-int8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "named"), [("org/model", "needs model.revision"), ("/nowhere", "neither a folder"), ("x.gguf", "no GGUF file")]
+)
+def test_a_base_that_is_not_there_is_named(name: str, named: str) -> None:
+    with pytest.raises(BaseModelError, match=named):
+        gemma.locate(Recipe.load("small-bf16", (f"model.base={name}",)).model)
+
+
+def test_a_pinned_hub_model_is_not_downloaded_without_permission() -> None:
+    with pytest.raises(BaseModelError, match="E3001 google/gemma-3-4b-it .* python -m gemma_opt compress"):
+        gemma.locate(Recipe.load("gemma-3-4b-int8").model)
+
+
+def test_a_text_file_is_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_text("text")
+    with pytest.raises(BaseModelError, match="not a readable Gemma 3 GGUF"):
+        gemma.load_base(gemma.BaseFiles("x.gguf", tmp_path, gguf="x.gguf"), torch.float32, CPU)
+
+
+def test_the_manifest_is_json_for_everyone(finished: Path) -> None:
+    assert json.loads((finished / "manifest.json").read_text())["format_version"] == 1

@@ -1,0 +1,127 @@
+"""The command line as a user meets it: a process of its own, exit codes, one line for every error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import EXAMPLE
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gemma_opt", *arguments]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"COLUMNS": "160"}, timeout=300, check=False
+    )
+    assert result.returncode == code, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "out"
+    result = run(
+        "compress", "small-int8-pruned", "--out", str(out), "--questions", "18", "--set", "sparsity.0.ratio=0.3", "--json"
+    )
+    report = json.loads(result.stdout)
+    assert report["sparsity"] >= 0.3
+    assert report["bytes"] < 0.6 * report["base_bytes"]
+    assert report["base_quality"]["quiz"]["questions"] == 18
+    assert report["quality"]["perplexity"] > 1
+    return out
+
+
+def test_compress_writes_a_finished_folder_with_its_figures(built: Path) -> None:
+    quality = json.loads((built / "quality.json").read_text())
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert manifest["measured"] == quality
+    assert list(built.parent.iterdir()) == [built]
+
+
+def test_compress_again_does_nothing(built: Path) -> None:
+    before = (built / "manifest.json").stat().st_mtime_ns
+    result = run("compress", "small-int8-pruned", "--out", str(built), "--set", "sparsity.0.ratio=0.3")
+    assert "already built" in result.stderr
+    assert (built / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_compress_does_not_overwrite_another_folder(built: Path) -> None:
+    result = run("compress", "small-bf16", "--out", str(built), code=2)
+    assert result.stderr.startswith("error: E2000 ")
+    assert "--force" in result.stderr
+
+
+def test_predict_streams_an_answer_and_its_figures(built: Path) -> None:
+    result = run("predict", str(built), "-i", "prompt=Describe the picture.", "-i", f"image=@{EXAMPLE}", "-i", "temperature=0")
+    assert result.stdout.strip().endswith(".")
+    assert "tok/s" in result.stderr
+    assert "ended by stop" in result.stderr
+
+
+def test_predict_as_json(built: Path) -> None:
+    messages = json.dumps([{"role": "user", "content": "Hello"}])
+    answer = json.loads(run("predict", str(built), "-i", f"messages={messages}", "-i", "seed=7", "--json").stdout)
+    assert answer["metrics"]["seed"] == 7
+    assert answer["output"]
+
+
+def test_inspect_shows_every_layer(built: Path) -> None:
+    layers = json.loads(run("inspect", str(built), "--json").stdout)
+    rows = {row["name"]: row for row in layers["layers"]}
+    assert rows["model.language_model.layers.0.mlp.up_proj"]["format"] == "int8"
+    assert rows["lm_head"]["format"] == "tied"
+    assert layers["totals"]["bytes"] == sum(row["bytes"] for row in layers["layers"])
+    table = run("inspect", str(built)).stdout
+    assert "model.language_model.layers.3.mlp.down_proj" in table
+    assert "int8" in table
+
+
+def test_evaluate_prints_charts_and_perplexity(built: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A bar chart with two bars: red and blue. " * 60)
+    result = json.loads(
+        run("evaluate", str(built), "--charts", "9", "--blank-images", "--text", str(text), "--window", "64", "--json").stdout
+    )
+    assert result["charts"]["questions"] == 9
+    assert result["charts"]["blank"] is True
+    assert result["perplexity"]["text.txt"] > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "start"),
+    [
+        (("compress", "small-int8", "--set", "sparsty=1"), 2, "error: E2001 small-int8: sparsty: unknown key"),
+        (("compress", "small-int8-pruned", "--set", "sparsity.0.ratio=0.95"), 2, "error: E2001"),
+        (("compress", "no-such-recipe"), 2, "error: E2002"),
+        (("compress", "small-int8", "--base", "/nowhere", "--out", "{tmp}/x"), 1, "error: E3001"),
+        (("compress", "small-int8", "--out", "/proc/nowhere/x"), 1, "error: E3005"),
+        (("predict", "-i", "prompt= "), 2, "error: E1001"),
+        (("predict", "-i", "temprature=1"), 2, "error: E1005"),
+        (("predict", "-i", "prompt=x", "-i", "temperature=hot"), 2, "error: E1005"),
+        (("predict", "-i", "prompt=x", "-i", "image=@/nowhere.png"), 2, "error: E1010"),
+        (("predict", "-i", "prompt=x", "-i", "image=@README.md"), 2, "error: E1010"),
+        (("evaluate", "small-int8"), 2, "error: E2000"),
+        (("predict", "no/such/model", "-i", "prompt=x"), 2, "error: E2002"),
+    ],
+)
+def test_errors_are_one_line_with_a_code(arguments: tuple[str, ...], code: int, start: str, tmp_path: Path) -> None:
+    result = run(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments), code=code)
+    assert result.stdout == ""
+    assert result.stderr.startswith(start), result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_options_are_usage_errors() -> None:
+    assert "No such option" in run("predict", "--colour", code=2).stderr
+
+
+def test_help_starts_without_torch() -> None:
+    code = "import sys, gemma_opt.cli as cli; cli.app(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,108 @@
+"""Recipes: what is read, what is refused, and that nothing is refused without saying where and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gemma_opt.errors import RecipeError, RecipeNotFound
+from gemma_opt.recipe import Gradual, Recipe, packaged_recipes
+
+PRUNED = "small-int8-pruned"
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipes_load_under_their_own_name_and_survive_a_round_trip(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert Recipe.from_tree(yaml.safe_load(recipe.to_yaml()), "again") == recipe
+
+
+def test_the_method_picks_the_class() -> None:
+    (stage,) = Recipe.load(PRUNED).sparsity
+    assert isinstance(stage, Gradual)
+    assert stage.schedule.steps == 10
+
+
+def test_overrides_reach_into_lists_and_make_missing_sections() -> None:
+    recipe = Recipe.load(
+        "small-bf16", ("sparsity=[{method: rows, ratio: 0.1}]", "sparsity.0.ratio=0.3", "quantization.roles.vision=int8")
+    )
+    assert recipe.sparsity[0].ratio == 0.3
+    assert recipe.quantization.roles.vision == "int8"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("sparsty=1", "sparsty: unknown key"),
+        ("sparsity.0.ratio=0.9", "sparsity.0.gradual.ratio"),
+        ("sparsity.0.ratio=0", "sparsity.0.gradual.ratio"),
+        ("sparsity.0.ratio=.nan", "sparsity.0.gradual.ratio"),
+        ("sparsity.0.method=wanda", "sparsity.0"),
+        ("sparsity.0.pattern=2:4", "sparsity.0.gradual.pattern"),
+        ("sparsity.0.schedule=null", "sparsity.0.gradual.schedule"),
+        ("sparsity.0.roles=[query, embedding]", "sparsity.0.gradual.roles.1"),
+        ("sparsity.0.roles=[query, query]", "a role is named twice"),
+        ("quantization.default=int3", "quantization.default"),
+        ("quantization.roles.head=int8", "quantization.roles.head"),
+        ("model.dtype=float16", "model.dtype"),
+        ("model.revision=main", "model.revision"),
+        ("model.base=", "model.base"),
+        ("compile.targets=[decode, mlp]", "name one of decode and mlp"),
+        ("engine.slots=0", "engine.slots"),
+        ("sparsity.7.ratio=0.1", "the list has 1 entries"),
+        ("name.x=1", "no section to hold"),
+        ("ratio", "not KEY=VALUE"),
+    ],
+)
+def test_what_is_wrong_is_named(override: str, named: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(PRUNED, (override,))
+    assert str(caught.value).startswith("E2001 ")
+    assert named in str(caught.value)
+
+
+def test_all_offenders_are_listed_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(PRUNED, ("colour=red", "engine.queue=-1", "sparsity.0.ratio=2"))
+    assert all(where in str(caught.value) for where in ("colour", "engine.queue", "sparsity.0.gradual.ratio"))
+
+
+def test_fp32_weights_need_fp32_activations() -> None:
+    with pytest.raises(RecipeError, match="fp32 weights need"):
+        Recipe.load("gemma-3-4b-int8", ("quantization.default=fp32",))
+
+
+def test_a_revision_pins_hub_ids_only() -> None:
+    with pytest.raises(RecipeError, match="a revision pins a hub id"):
+        Recipe.load("small-bf16", (f"model.revision={'a' * 40}",))
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(RecipeNotFound, match="packaged recipes: .*small-int8"):
+        Recipe.load("small-int9")
+
+
+@pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2", "", "\x00"])
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(content)
+    with pytest.raises(RecipeError):
+        Recipe.load(file)
+
+
+def test_missing_files_are_not_found(tmp_path: Path) -> None:
+    with pytest.raises(RecipeNotFound):
+        Recipe.load(tmp_path / "none.yaml")
+
+
+def test_the_digest_is_that_of_the_weights() -> None:
+    base = Recipe.load(PRUNED)
+    same = Recipe.load(PRUNED, ("name=other", "engine.queue=3", "compile.targets=[mlp]", "description=x"))
+    assert same.digest() == base.digest()
+    for override in ("sparsity.0.ratio=0.3", "quantization.default=bf16", "model.base=elsewhere"):
+        assert Recipe.load(PRUNED, (override,)).digest() != base.digest()

@@ -1,0 +1,131 @@
+"""The service: requests in clients' words, text out, everything counted, nothing leaked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from models import chart
+
+from gemma_opt.errors import (
+    ConflictingInputs,
+    EmptyPrompt,
+    ImageError,
+    InputError,
+    MessagesError,
+    ParameterError,
+    PromptTooLong,
+)
+from gemma_opt.evaluation.quiz import data_uri, run_quiz
+from gemma_opt.loading import resolve
+from gemma_opt.service import Request, Service
+
+PICTURE = data_uri(chart())
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    running = Service.load(resolve("small-int8"), "cpu")
+    yield running
+    running.close()
+
+
+def ask(service: Service, **inputs: object) -> tuple[str, dict[str, int | float | str]]:
+    reply = service.stream(Request(**({"temperature": 0.0} | inputs)))  # type: ignore[arg-type]
+    return "".join(reply), reply.metrics
+
+
+def test_an_answer_comes_with_its_metrics(service: Service) -> None:
+    text, metrics = ask(service, prompt="Describe the picture.", image=PICTURE, seed=5.0)
+    assert text.startswith("A ")
+    assert metrics["image_count"] == 1
+    assert metrics["seed"] == 5
+    assert metrics["finish_reason"] == "stop"
+    assert metrics["input_token_count"] > 64
+    assert metrics["output_token_count"] > 5
+    assert metrics["time_to_first_token"] > 0
+    assert metrics["tokens_per_second"] > 0
+
+
+def test_messages_say_what_prompt_and_picture_say(service: Service) -> None:
+    content = [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "Describe the picture."}]
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    plain, plain_metrics = ask(service, prompt="Describe the picture.", image=PICTURE)
+    chat, chat_metrics = ask(service, messages=[system, {"role": "user", "content": content}])
+    assert chat == plain
+    assert chat_metrics["input_token_count"] == plain_metrics["input_token_count"]
+
+
+def test_image_and_images_come_in_order(service: Service) -> None:
+    other = data_uri(chart(2))
+    together, metrics = ask(service, prompt="Describe the picture.", image=PICTURE, images=[other])
+    listed, _ = ask(service, prompt="Describe the picture.", images=[PICTURE, other])
+    assert together == listed
+    assert metrics["image_count"] == 2
+
+
+def test_a_stop_sequence_ends_the_answer_and_is_not_sent(service: Service) -> None:
+    whole, _ = ask(service, prompt="Describe the picture.", image=PICTURE)
+    stop = whole[10:14]
+    for stops in (stop, [stop], ["never there", stop]):
+        text, metrics = ask(service, prompt="Describe the picture.", image=PICTURE, stop_sequences=stops)
+        assert text == whole[: whole.index(stop)]
+        assert metrics["finish_reason"] == "stop_sequence"
+
+
+def test_deltas_join_to_the_text_and_there_are_several(service: Service) -> None:
+    reply = service.stream(Request(prompt="Hello", temperature=0, min_new_tokens=300, max_new_tokens=300))
+    deltas = list(reply)
+    assert len(deltas) > 2
+    assert reply.metrics["finish_reason"] == "length"
+    assert reply.metrics["output_token_count"] == 300
+
+
+def test_an_abandoned_stream_cancels_the_generation(service: Service) -> None:
+    reply = service.stream(Request(prompt="Hello", temperature=0, min_new_tokens=1500, max_new_tokens=1500))
+    stream = iter(reply)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert len(list(reply.generation)) < 1500
+    assert ask(service, prompt="Hello")[0]
+
+
+def test_a_drawn_seed_is_reported_and_repeats_the_answer(service: Service) -> None:
+    text, metrics = ask(service, prompt="Hello", temperature=1.8, top_p=1.0, top_k=0, min_new_tokens=20)
+    again, _ = ask(service, prompt="Hello", temperature=1.8, top_p=1.0, top_k=0, min_new_tokens=20, seed=metrics["seed"])
+    assert text == again
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error"),
+    [
+        ({}, EmptyPrompt),
+        ({"prompt": "  ", "image": "https://example.com/x.png"}, EmptyPrompt),
+        ({"prompt": "x", "image": "/etc/passwd"}, ImageError),
+        ({"prompt": "x", "image": "data:image/png;base64,aGVsbG8="}, ImageError),
+        ({"prompt": "x", "images": [PICTURE] * 17}, ParameterError),
+        ({"prompt": "x", "max_new_tokens": 1.5}, ParameterError),
+        ({"prompt": "x", "seed": float("inf")}, ParameterError),
+        ({"prompt": "x", "top_k": 10**30}, ParameterError),
+        ({"prompt": "x", "stop_sequences": [""]}, ParameterError),
+        ({"prompt": "word " * 3000}, PromptTooLong),
+        ({"prompt": "x", "messages": [{"role": "user", "content": "y"}]}, ConflictingInputs),
+        ({"image": PICTURE, "messages": [{"role": "user", "content": "y"}]}, ConflictingInputs),
+        ({"system_prompt": "Be rude.", "messages": [{"role": "user", "content": "y"}]}, ConflictingInputs),
+        ({"messages": []}, MessagesError),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused(
+    service: Service, inputs: dict[str, object], error: type[InputError]
+) -> None:
+    with pytest.raises(error) as caught:
+        service.stream(Request(**inputs))  # type: ignore[arg-type]
+    assert str(caught.value).startswith(error.code)
+
+
+def test_the_bundled_model_sees(service: Service) -> None:
+    """A short form of `evaluate --charts 500`: the full count is in benchmarks/results/charts.json."""
+    seen = run_quiz(service, 90, seed=3)
+    blind = run_quiz(service, 90, seed=3, blank=True)
+    assert seen.accuracy >= 0.9
+    assert blind.accuracy <= blind.chance + 0.05

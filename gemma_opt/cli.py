@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -142,28 +143,23 @@ def evaluate(
         raise UsageError("nothing to measure: give --charts N or --text FILE")
     texts = {path.name: path.read_text("utf-8") for path in text or ()}
     service = Service.load(resolve(model), device)
-    result: dict[str, object] = {"model": model}
+    quiz = None
     try:
         with _progress() as show:
             if charts:
-                quiz = run_quiz(
-                    service, charts, seed, blank=blank_images, progress=lambda done, total: show("charts", done, total)
-                )
-                result["charts"] = quiz.to_json()
-        if texts:
-            result["perplexity"] = {
-                name: text_perplexity(service.ready, content, window=window) for name, content in texts.items()
-            }
+                answered = partial(show, "charts")
+                quiz = run_quiz(service, charts, seed, blank=blank_images, progress=answered)
+        perplexity = {name: text_perplexity(service.ready, content, window=window) for name, content in texts.items()}
     finally:
         service.close()
     if as_json:
-        _print_json(result)
+        _print_json({"model": model, "charts": quiz.to_json() if quiz else None, "perplexity": perplexity})
         return
-    if charts:
+    if quiz:
         kinds = ", ".join(f"{kind} {rate:.0%}" for kind, rate in quiz.by_kind.items())
         typer.echo(f"charts: {quiz.accuracy:.1%} of {quiz.questions} exact (chance {quiz.chance:.1%}): {kinds}")
-    for name in texts:
-        typer.echo(f"{name}: perplexity {result['perplexity'][name]:.3f}")
+    for name, value in perplexity.items():
+        typer.echo(f"{name}: perplexity {value:.3f}")
 
 
 @app.command()
@@ -197,20 +193,20 @@ def _quiet_libraries() -> None:
     """Libraries report things at import that are not our user's business; GEMMA_OPT_LOG=debug shows them."""
     level = os.environ.get("GEMMA_OPT_LOG", "warning").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    if level == "WARNING":
+    if level != "DEBUG":
         for name in ("torchao", "torch.utils._pytree", "transformers"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress() -> Generator[Callable[[str, int, int], None]]:
     """A progress bar on stderr, one task for each stage it hears of."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gemma_opt import charts
 from gemma_opt.errors import UsageError
+from gemma_opt.gemma import weights_device
 from gemma_opt.loading import Ready
 from gemma_opt.prompt import PromptEncoder, single_turn
 
@@ -37,10 +38,10 @@ def text_perplexity(ready: Ready, text: str, *, window: int = WINDOW, limit: int
     """
     tokenizer = ready.processing.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=False)
-    windows = list(text_windows(ids, tokenizer.bos_token_id, window))[:limit]
+    windows = list(text_windows(ids, tokenizer.get_vocab()["<bos>"], window))[:limit]
     if not windows:
         raise UsageError(f"the text has {len(ids)} tokens, fewer than one window of {window - 1}")
-    device = ready.model.get_input_embeddings().weight.device
+    device = weights_device(ready.model)
     total = 0.0
     for chunk in windows:
         tokens = torch.tensor([chunk], device=device)
@@ -53,7 +54,7 @@ def answer_perplexity(ready: Ready, pictures: int, seed: int) -> float:
     """Perplexity of the right answers to every question about unseen pictures, given picture and question."""
     encoder = PromptEncoder(ready.processing, ready.context)
     end = ready.processing.tokenizer.encode("<end_of_turn>", add_special_tokens=False)
-    device = ready.model.get_input_embeddings().weight.device
+    device = weights_device(ready.model)
     image_token = ready.model.config.image_token_id
     total, count = 0.0, 0
     for index in range(pictures):

@@ -118,6 +118,34 @@ def inspect(model: Model = DEFAULT_MODEL, device: Device = "cpu", as_json: AsJso
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or a packaged recipe's name.")],
+    model: Annotated[
+        str | None, typer.Option(help="gemma-3-270m, -1b, -4b, -12b, -27b, or a model's folder; by default the recipe's base.")
+    ] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="l40s, h100, 4090, …; repeatable; by default all known.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens a slot holds; by default the recipe's.")] = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="Requests at once; by default the recipe's.")] = None,
+    position: Annotated[int, typer.Option(min=0, help="Tokens in a slot for which speeds are given.")] = 512,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in quantization.default=int8.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Memory and bandwidth-bound speed of a recipe before anything is built or downloaded."""
+    from gemma_opt import sizing
+    from gemma_opt.recipe import Recipe
+
+    gpus = sizing.find_gpus(gpu or [])
+    sized = sizing.size_up(Recipe.load(recipe, tuple(overrides or ())), model, context=context, slots=slots, position=position)
+    if as_json:
+        _print_json(sized.to_json(gpus))
+        return
+    _console().print(sizing.memory_table(sized))
+    _console().print(sizing.speed_table(sized, gpus))
+
+
+@app.command()
 def evaluate(
     model: Model = DEFAULT_MODEL,
     charts: Annotated[int, typer.Option(min=0, help="One-word questions about unseen pictures.")] = 0,

@@ -41,6 +41,7 @@ from gemma_opt.recipe import BaseModelSection
 from gemma_opt.shapes import PICTURED, SIGLIP, TEXT
 
 GemmaModel = Gemma3ForConditionalGeneration | Gemma3ForCausalLM
+GemmaConfig = Gemma3Config | Gemma3TextConfig
 
 WEIGHTS_CACHE = Path(__file__).resolve().parent.parent / "weights_cache"  # beside the package: the checkout, or Cog's /src
 BUNDLED = {"small-gemma3": WEIGHTS_CACHE / "small-gemma3"}
@@ -205,7 +206,7 @@ def read_config(folder: Path) -> Gemma3Config | Gemma3TextConfig:
     return config
 
 
-def named_config(shape: str) -> Gemma3Config | Gemma3TextConfig:
+def named_config(shape: str) -> GemmaConfig:
     """The config of a published size (`shapes.TEXT`). KeyError for another name."""
     text = Gemma3TextConfig(**TEXT[shape])
     return Gemma3Config(text_config=text, vision_config=SiglipVisionConfig(**SIGLIP)) if shape in PICTURED else text

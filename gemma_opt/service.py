@@ -176,13 +176,20 @@ class Service:
             generation = self._engine.submit(EngineRequest(encoded.token_ids, encoded.images, sampling))
             return Reply(generation, text, encoded, sampling.seed)
 
+    def encode(self, turns: Sequence[Turn]) -> EncodedPrompt:
+        """Token ids and pixels of a conversation, for `generate`. Raises InputError."""
+        return self._encoder.encode(turns)
+
+    def generate(self, prompt: EncodedPrompt, sampling: SamplingParams) -> Generation:
+        """The token ids of one answer, below the level of text: what evaluation and benchmarks need. Raises InputError."""
+        return self._engine.submit(EngineRequest(prompt.token_ids, prompt.images, sampling))
+
     def warm_up(self) -> None:
         """A real prediction, with a picture where the model sees, so that the first client does not wait for kernels."""
         sees = self.ready.processing.processor is not None
         turns = single_turn("Describe the picture.", "", [charts.draw("test", 0, 0).image] if sees else [])
-        encoded = self._encoder.encode(turns)
         sampling = SamplingParams(max_new_tokens=WARM_UP_TOKENS, min_new_tokens=WARM_UP_TOKENS, temperature=0)
-        for _ in self._engine.submit(EngineRequest(encoded.token_ids, encoded.images, sampling)):
+        for _ in self.generate(self.encode(turns), sampling):
             pass
 
     def close(self) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from transformers import PretrainedConfig
 
 from gemma_opt import gemma
 from gemma_opt.errors import UsageError
@@ -152,7 +151,7 @@ def find_gpus(names: list[str]) -> list[Gpu]:
     return [GPUS[name.lower()] for name in names or GPUS]
 
 
-def find_config(model: str) -> tuple[str, PretrainedConfig]:
+def find_config(model: str) -> tuple[str, gemma.GemmaConfig]:
     """Name and config of a shape, hub id of a published size, bundled model or folder. Raises UsageError, BaseModelError."""
     if shape := shape_name(model):
         return shape, gemma.named_config(shape)
@@ -220,7 +219,7 @@ def _read_bytes(row: PlanRow, table: PlanRow, dtype: torch.dtype) -> int:
     return resident_bytes(table if row.format == "tied" else row, dtype)
 
 
-def kv_cache(config: PretrainedConfig, dtype: torch.dtype) -> KvCache:
+def kv_cache(config: gemma.GemmaConfig, dtype: torch.dtype) -> KvCache:
     """The KV cache of a config, keys and values kept in `dtype`."""
     text = config.get_text_config()
     layer = 2 * text.num_key_value_heads * text.head_dim * dtype.itemsize
@@ -228,7 +227,7 @@ def kv_cache(config: PretrainedConfig, dtype: torch.dtype) -> KvCache:
     return KvCache(text.sliding_window, layer * len(text.layer_types), layer * full)
 
 
-def _workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, context: int, slots: int) -> int:
+def _workspace_bytes(config: gemma.GemmaConfig, dtype: torch.dtype, context: int, slots: int) -> int:
     """Estimate: activations of the larger of one whole prefill and one picture, and two fp32 rows of logits a slot.
 
     Live at once in an MLP: residual, input and output of the hidden size; gate, up and their product. In SigLIP: the same

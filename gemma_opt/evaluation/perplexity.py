@@ -29,22 +29,28 @@ def text_windows(token_ids: list[int], bos_id: int, window: int = WINDOW) -> Ite
         yield [bos_id, *token_ids[start : start + step]]
 
 
+def windows_of(ready: Ready, text: str, window: int = WINDOW, limit: int | None = None) -> list[list[int]]:
+    """The windows of a text, tokenised without special tokens; at most `limit`. Raises UsageError if it fills none."""
+    tokenizer = ready.processing.tokenizer
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    windows = list(text_windows(ids, tokenizer.bos_token_id, window))[:limit]
+    if not windows:
+        raise UsageError(f"the text has {len(ids)} tokens, fewer than one window of {window - 1}")
+    return windows
+
+
 @torch.inference_mode()
 def text_perplexity(ready: Ready, text: str, *, window: int = WINDOW, limit: int | None = None) -> float:
     """exp(total negative log likelihood / predicted tokens) over a text, tokenised without special tokens.
 
     limit: at most that many windows. Raises UsageError if the text fills no window.
     """
-    tokenizer = ready.processing.tokenizer
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    windows = list(text_windows(ids, tokenizer.bos_token_id, window))[:limit]
-    if not windows:
-        raise UsageError(f"the text has {len(ids)} tokens, fewer than one window of {window - 1}")
+    windows = windows_of(ready, text, window, limit)
     device = ready.model.get_input_embeddings().weight.device
     total = 0.0
     for chunk in windows:
         tokens = torch.tensor([chunk], device=device)
-        total += _negative_log_likelihood(ready.model(tokens).logits[0, :-1], tokens[0, 1:])
+        total += negative_log_likelihood(ready.model(tokens).logits[0, :-1], tokens[0, 1:])
     return math.exp(total / (len(windows) * (window - 1)))
 
 
@@ -66,11 +72,11 @@ def answer_perplexity(ready: Ready, pictures: int, seed: int) -> float:
             output = ready.model(
                 ids, pixel_values=pixels, token_type_ids=(ids == image_token).long(), logits_to_keep=len(answer) + 1
             )
-            total += _negative_log_likelihood(output.logits[0, :-1], ids[0, -len(answer) :])
+            total += negative_log_likelihood(output.logits[0, :-1], ids[0, -len(answer) :])
             count += len(answer)
     return math.exp(total / count)
 
 
-def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
     """Sum over positions, in nats. logits: [positions, vocabulary]; targets: [positions]."""
     return float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))

@@ -173,7 +173,8 @@ def test_the_suite_measures_what_it_was_asked(dense: Service, int8: Service) -> 
     assert found.charts.questions == 4
     assert found.greedy is not None
     assert found.greedy.prompts == 4  # two from the text, two pictures
-    assert found.perplexity == {"bars": found.agreement["bars"].perplexity}
+    assert found.perplexity == {name: one.perplexity for name, one in found.agreement.items()}
+    assert found.perplexity.keys() == {"bars", "chart answers"}
     assert {title for title, _, _ in heard} == {"charts", "texts", "greedy replies"}
     alone = evaluate(int8, None, Measures({"bars": TEXT}, window=64), lambda *call: None)
     assert alone.to_json().keys() == {"perplexity"}

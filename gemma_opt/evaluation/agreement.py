@@ -1,13 +1,13 @@
 """How far a compressed model strays from its reference, token by token: KL divergence, top-1 agreement, greedy prefixes.
 
 Finer than perplexity: two models with equal perplexity can give different answers. Both models are in memory, and logits
-of one window at a time.
+of one passage at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 
@@ -17,7 +17,15 @@ from torch import Tensor
 from gemma_opt import charts
 from gemma_opt.engine.interface import SamplingParams
 from gemma_opt.errors import UsageError
-from gemma_opt.evaluation.perplexity import WINDOW, negative_log_likelihood, windows_of
+from gemma_opt.evaluation.perplexity import (
+    WINDOW,
+    Passage,
+    negative_log_likelihood,
+    prediction_logits,
+    targets_of,
+    text_passages,
+    windows_of,
+)
 from gemma_opt.loading import Ready
 from gemma_opt.prompt import EncodedPrompt, single_turn
 from gemma_opt.service import Service
@@ -65,22 +73,29 @@ class PrefixMatch:
         return asdict(self)
 
 
-@torch.inference_mode()
 def text_agreement(reference: Ready, model: Ready, text: str, *, window: int = WINDOW, limit: int | None = None) -> Agreement:
-    """Compare next-token distributions over the windows on which perplexity is measured.
+    """`agreement` over the windows of a text. Raises UsageError if the text fills none."""
+    return agreement(reference, model, text_passages(model, text, window, limit))
 
-    Raises UsageError if the text fills no window or the models do not share a vocabulary.
-    """
+
+@torch.inference_mode()
+def agreement(reference: Ready, model: Ready, passages: Iterable[Passage]) -> Agreement:
+    """Compare next-token distributions over at least one passage. Raises UsageError if the vocabularies differ."""
     _refuse_other_vocabulary(reference, model)
     tokens, kl, same, surprise, expected_surprise = 0, 0.0, 0, 0.0, 0.0
-    for chunk in windows_of(model, text, window, limit):
-        expected, got, targets = *(_logits(ready, chunk) for ready in (reference, model)), torch.tensor(chunk[1:])
-        for rows, other, right in zip(expected.split(ROWS), got.split(ROWS), targets.split(ROWS), strict=True):
-            kl += float(kl_divergence(rows, other.to(rows.device)).sum(dtype=torch.float64))
+    for passage in passages:
+        expected, got = (prediction_logits(ready, passage) for ready in (reference, model))
+        for rows, other, right in zip(
+            expected.split(ROWS),
+            got.to(expected.device).split(ROWS),
+            targets_of(passage, expected.device).split(ROWS),
+            strict=True,
+        ):
+            kl += float(kl_divergence(rows, other).sum(dtype=torch.float64))
             same += int((rows.argmax(-1) == other.argmax(-1)).sum())
-            surprise += negative_log_likelihood(other, right.to(other.device))
-            expected_surprise += negative_log_likelihood(rows, right.to(rows.device))
-        tokens += len(chunk) - 1
+            surprise += negative_log_likelihood(other, right)
+            expected_surprise += negative_log_likelihood(rows, right)
+        tokens += passage.predicted
     return Agreement(tokens, math.exp(surprise / tokens), math.exp(expected_surprise / tokens), kl / tokens, same / tokens)
 
 
@@ -136,12 +151,6 @@ def _reply(service: Service, prompt: EncodedPrompt) -> list[int]:
     generation = service.generate(prompt, SamplingParams(max_new_tokens=GREEDY_TOKENS, temperature=0))
     tokens = list(generation)
     return [*tokens, END] if generation.finished.reason == "stop" else tokens
-
-
-def _logits(ready: Ready, chunk: list[int]) -> Tensor:
-    """Logits [window − 1, vocabulary] that predict the window's tokens after the first."""
-    device = ready.model.get_input_embeddings().weight.device
-    return ready.model(torch.tensor([chunk], device=device)).logits[0, :-1]
 
 
 def _refuse_other_vocabulary(reference: Ready, model: Ready) -> None:

@@ -8,14 +8,18 @@ from dataclasses import dataclass, field
 from gemma_opt.evaluation.agreement import (
     Agreement,
     PrefixMatch,
+    agreement,
     chart_prompts,
     greedy_agreement,
     text_agreement,
     text_prompts,
 )
-from gemma_opt.evaluation.perplexity import WINDOW, text_perplexity
+from gemma_opt.evaluation.perplexity import WINDOW, answer_passages, text_perplexity
 from gemma_opt.evaluation.quiz import QuizScore, run_quiz
 from gemma_opt.service import Service
+
+ANSWERS = "chart answers"  # stands among the texts: the right answers to picture questions
+ANSWER_PICTURES = 20
 
 Progress = Callable[[str, int, int], None]  # what is measured, done, of how many
 
@@ -50,7 +54,7 @@ class Evaluation:
         parts: dict[str, object] = {
             "charts": self.charts.to_json() if self.charts else None,
             "perplexity": dict(self.perplexity),
-            "agreement": {name: agreement.to_json() for name, agreement in self.agreement.items()},
+            "agreement": {name: one.to_json() for name, one in self.agreement.items()},
             "greedy": self.greedy.to_json() if self.greedy else None,
         }
         return {name: part for name, part in parts.items() if part}
@@ -69,10 +73,13 @@ def evaluate(service: Service, reference: Service | None, measures: Measures, pr
         )
     if reference is None:
         return Evaluation(_perplexities(service, measures, progress), quiz)
-    agreement: dict[str, Agreement] = {}
+    found: dict[str, Agreement] = {}
     for done, (name, text) in enumerate(measures.texts.items(), start=1):
-        agreement[name] = text_agreement(reference.ready, service.ready, text, window=measures.window, limit=measures.windows)
+        found[name] = text_agreement(reference.ready, service.ready, text, window=measures.window, limit=measures.windows)
         progress("texts", done, len(measures.texts))
+    if measures.charts:
+        passages = answer_passages(service.ready, min(measures.charts, ANSWER_PICTURES), measures.seed)
+        found[ANSWERS] = agreement(reference.ready, service.ready, passages)
     prompts = [
         prompt
         for text in measures.texts.values()
@@ -83,7 +90,7 @@ def evaluate(service: Service, reference: Service | None, measures: Measures, pr
     greedy = None
     if prompts:
         greedy = greedy_agreement(reference, service, prompts, lambda done, total: progress("greedy replies", done, total))
-    return Evaluation({name: one.perplexity for name, one in agreement.items()}, quiz, agreement, greedy)
+    return Evaluation({name: one.perplexity for name, one in found.items()}, quiz, found, greedy)
 
 
 def _perplexities(service: Service, measures: Measures, progress: Progress) -> dict[str, float]:

@@ -18,7 +18,7 @@ from gemma_opt.service import Request, Service
 class Predictor(BasePredictor):
     """Serves one request at a time; more wait in Cog's 409 or in front of it."""
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] (weights are chosen at build time)
         """Load the model chosen at build time and answer one warm-up request."""
         # Cog returns to a client what is written here while its prediction runs. That is for the operator: the container's log.
         sys.stdout = sys.stderr = sys.__stderr__
@@ -65,7 +65,7 @@ class Predictor(BasePredictor):
             description="OpenAI-style conversation that replaces prompt, pictures and system prompt.", default=None
         ),
         pan_and_scan: bool = Input(description="Also look at crops of pictures that are far from square.", default=False),
-    ) -> ConcatenateIterator[str]:
+    ) -> ConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm] (Cog reads this name)
         """Stream the answer, then record its metrics."""
         reply = self.service.stream(
             Request(
@@ -86,6 +86,6 @@ class Predictor(BasePredictor):
                 pan_and_scan=pan_and_scan,
             )
         )
-        yield from reply
+        yield from reply  # pyright: ignore[reportReturnType]
         for name, value in reply.metrics.items():
             self.record_metric(name, value)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from gemma_opt import checkpoint, gemma, inspection, pipeline
+from gemma_opt.engine.compilation import save_artifacts
 from gemma_opt.errors import WeightsError
 from gemma_opt.evaluation.perplexity import answer_perplexity, builtin_text, text_perplexity
 from gemma_opt.evaluation.quiz import QuizScore, run_quiz
@@ -104,6 +105,8 @@ def build(
             quality = _evaluate(service, questions, "evaluate", progress) if questions else None
         finally:
             service.close()
+        if recipe.compile.targets:
+            save_artifacts(folder / checkpoint.COMPILE_CACHE)
         report = BuildReport(
             folder=out,
             recipe=recipe,
@@ -139,7 +142,7 @@ def _evaluate(service: Service, questions: int, title: str, progress: pipeline.P
 @torch.inference_mode()
 def _refuse_broken_logits(model: gemma.GemmaModel) -> None:
     """One forward before anything is written: a model that answers NaN is not worth a folder."""
-    tokens = torch.arange(2, 18, device=model.get_input_embeddings().weight.device)[None]
+    tokens = torch.arange(2, 18, device=gemma.weights_device(model))[None]
     if not torch.isfinite(model(tokens).logits).all():
         raise WeightsError("the compressed model's logits are not finite: this recipe breaks this model")
 

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemma_opt import gemma
 from gemma_opt.errors import BaseModelError, CorruptCheckpoint, StorageError
@@ -36,6 +36,7 @@ from gemma_opt.recipe import Recipe
 
 MANIFEST = "manifest.json"
 QUALITY = "quality.json"
+COMPILE_CACHE = "compile_cache"
 SHARD_BYTES = 4 * 10**9
 HEAD = "lm_head.weight"
 
@@ -80,7 +81,7 @@ class Checkpoint:
 
 
 @contextmanager
-def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
+def staging(out: Path, needed_bytes: int) -> Generator[Path]:
     """A temporary folder that becomes `out` if the block succeeds and vanishes if it does not.
 
     Raises StorageError (E3005) before anything is written if the disk has too little room.
@@ -146,23 +147,25 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def seal(folder: Path, manifest: Manifest) -> None:
     """Record every file's hash and write the manifest, the last file of a folder."""
-    files = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    files = [path.relative_to(folder).as_posix() for path in paths]
     records = {name: FileRecord(bytes=(folder / name).stat().st_size, sha256=gemma.sha256_of(folder / name)) for name in files}
     (folder / MANIFEST).write_text(manifest.model_copy(update={"files": records}).model_dump_json(indent=1), "utf-8")
 
 
 def stored_tensors(model: gemma.GemmaModel, plan: Plan) -> dict[str, Tensor]:
     """The tensors a checkpoint holds: contiguous, on the CPU, floats in the format the plan names. No tied head."""
-    floats = [row for row in plan.rows if row.format not in ("int8", "tied")]
-    formats = {id(main_parameter(model.get_submodule(row.name))): row.format for row in floats}
+    dtypes = {
+        id(main_parameter(model.get_submodule(row.name))): stored_dtype(row.format)
+        for row in plan.rows
+        if row.format != "int8" and row.format != "tied"
+    }
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name == HEAD:
             continue
         kept = tensor.detach()
-        if id(tensor) in formats:
-            kept = kept.to(stored_dtype(formats[id(tensor)]))
-        tensors[name] = kept.cpu().contiguous()
+        tensors[name] = kept.to(dtypes.get(id(tensor), kept.dtype)).cpu().contiguous()
     return tensors
 
 
@@ -228,7 +231,8 @@ def load(folder: Path, device: torch.device) -> Checkpoint:
         raise CorruptCheckpoint(error.message) from None
     empty_like_plan_(model, plan)
     _fill_(model, _read_tensors(folder, device, dtype), folder)
-    return Checkpoint(model.to(device), processing, recipe, plan, manifest)
+    nn.Module.to(model, device)  # the buffers that no checkpoint stores
+    return Checkpoint(model, processing, recipe, plan, manifest)
 
 
 def _read_tensors(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -170,12 +172,13 @@ def load_base(files: BaseFiles, dtype: torch.dtype, device: torch.device) -> Bas
     if not files.weight_files():
         raise BaseModelError(f"{files.folder} has no .safetensors weights")
     try:
-        model, info = model_class(config).from_pretrained(
+        loaded = model_class(config).from_pretrained(
             files.folder, config=config, dtype=dtype, device_map=device, output_loading_info=True, local_files_only=True
         )
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise BaseModelError(f"the weights in {files.folder} cannot be read: {_first_line(error)}") from None
-    lost = sorted(info["missing_keys"]) + sorted(str(row[0]) for row in info["mismatched_keys"])
+    model, info = cast(tuple[GemmaModel, dict[str, set[str] | list[tuple[str, ...]]]], loaded)
+    lost = sorted(map(str, info["missing_keys"])) + sorted(str(row[0]) for row in info["mismatched_keys"])
     if lost:
         raise BaseModelError(f"{files.folder} lacks {len(lost)} tensors of its own config: {', '.join(lost[:5])}")
     return Base(model.eval(), load_processing(files.folder, config), files)
@@ -189,7 +192,7 @@ def _load_gguf(files: BaseFiles, dtype: torch.dtype, device: torch.device) -> Ba
         tokenizer = AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BaseModelError(f"{files.path} is not a readable Gemma 3 GGUF: {_first_line(error)}") from None
-    if not isinstance(model.config, Gemma3TextConfig):
+    if model.config.model_type != "gemma3_text":
         raise BaseModelError(f"{files.gguf} holds a {model.config.model_type} model, not Gemma 3")
     return Base(model.eval(), Processing(tokenizer, None), files)
 
@@ -242,14 +245,33 @@ def empty_model(config: Gemma3Config | Gemma3TextConfig, dtype: torch.dtype) -> 
 
 def tie_head_(model: GemmaModel) -> None:
     """Make the head read the embedding's table, as every Gemma 3 does."""
-    model.lm_head.weight = model.get_input_embeddings().weight
+    table = model.get_input_embeddings().weight
+    if not isinstance(table, nn.Parameter):
+        raise TypeError("the embedding's table is not a parameter")
+    model.lm_head.weight = table
+
+
+def weights_device(model: nn.Module) -> torch.device:
+    """Where a model's parameters lie."""
+    return next(model.parameters()).device
+
+
+def text_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of the text model, in order."""
+    (layers,) = [module for name, module in model.named_modules() if re.fullmatch(r"model\.(language_model\.)?layers", name)]
+    return list(layers.children())
+
+
+def vision_tower(model: nn.Module) -> nn.Module | None:
+    """The SigLIP tower, None for text-only models."""
+    return dict(model.named_modules()).get("model.vision_tower")
 
 
 def stop_token_ids(model: GemmaModel) -> frozenset[int]:
     """Every token that ends a reply, from the generation config: for instruction-tuned models 1 and 106."""
-    ids = model.generation_config.eos_token_id if model.generation_config else None
-    ids = model.config.get_text_config().eos_token_id if ids is None else ids
-    return frozenset(ids if isinstance(ids, Iterable) else [ids])
+    declared = model.generation_config.eos_token_id if model.generation_config else None
+    ids = cast(int | list[int], model.config.get_text_config().eos_token_id if declared is None else declared)
+    return frozenset(ids if isinstance(ids, list) else [ids])
 
 
 def load_generation_config(folder: Path) -> GenerationConfig:

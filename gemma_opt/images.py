@@ -1,37 +1,22 @@
 """A client's picture in: a data URI or an http(s) URL → a checked, upright RGB image.
 
-The only place that opens a connection for a request, and the only one that decodes a stranger's bytes. Cog's own file
+The only place that decodes a stranger's bytes; those behind a URL come from `fetching`. Cog's own file
 inputs would fetch any address, private ones included, without limit; so pictures arrive as strings and come through here.
 
-Left out on purpose: plain paths and other schemes (a request must not read the server's files), environment proxies (they
-would resolve names where we cannot check the addresses), content encodings (a bomb for no gain: pictures are compressed),
-cookies, credentials, and frames after the first. The transparent colour of a 16-bit grey PNG is drawn like any other.
-
-A `cancelled` argument is not needed: the caller's thread only ever waits in steps of POLL_S, so an exception that Cog
-raises in it arrives at once. The thread it leaves behind does the network work and ends with the fetch's own clock.
+Left out on purpose: plain paths and other schemes (a request must not read the server's files) and frames after the first.
+The transparent colour of a 16-bit grey PNG is drawn like any other.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import io
-import logging
-import socket
-import ssl
 import struct
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from queue import Empty, SimpleQueue
 from urllib.parse import unquote
 
-import httpcore
-import httpx
 from PIL import Image, ImageOps
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
@@ -39,11 +24,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from gemma_opt.errors import ImageError, ImageFetchError
+from gemma_opt.errors import ImageError
+from gemma_opt.fetching import MAX_BYTES, STRICT, TOO_LARGE, FetchPolicy, fetch
 
-log = logging.getLogger(__name__)
-
-MAX_BYTES = 10_000_000  # as encoded, from either kind of source
 MIN_SIDE, MAX_SIDE = 8, 8192
 MAX_PIXELS = 40_000_000  # 160 MB decoded; above any phone's usual picture
 MAX_ASPECT = 50  # beyond it the model's square input shows nothing
@@ -51,14 +34,6 @@ DECODE_TIMEOUT_S = 10.0
 SOURCES = "a data URI (data:image/png;base64,…) or an http(s) URL"
 FORMATS = "PNG, JPEG, WEBP or GIF"
 LIMITS = f"sides of {MIN_SIDE} to {MAX_SIDE} pixels, {MAX_PIXELS // 10**6} megapixels, an aspect ratio of {MAX_ASPECT}"
-
-MAX_FETCHES = 32  # threads: one whose name look-up hangs outlives its request by up to a minute
-POLL_S = 0.05  # how long a cancel may wait
-FETCH_FAILED = "the image could not be fetched: the URL must lead to a picture on a public web server that answers in time"
-TOO_LARGE = f"the image is larger than {MAX_BYTES // 10**6} MB"
-
-_THREAD_NAME = "image-fetch"
-_starting = threading.Lock()
 
 # Decoding
 
@@ -76,15 +51,15 @@ _READERS: dict[bytes, type[ImageFile]] = {
 
 
 class _TimedBytes(io.BytesIO):
-    """Bytes that stop coming after DECODE_TIMEOUT_S.
+    """Bytes that stop coming after a while.
 
     A few megabytes can cost Pillow an hour: a JPEG may hold 100,000 scans, each a walk over the whole picture, or as many
     EXIF segments, each copied onto all before it. Pillow reads between such steps, so this ends them.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, timeout_s: float) -> None:
         super().__init__(data)
-        self._ends_at = time.monotonic() + DECODE_TIMEOUT_S
+        self._ends_at = time.monotonic() + timeout_s
 
     def read(self, size: int | None = -1, /) -> bytes:
         if time.monotonic() > self._ends_at:
@@ -92,7 +67,7 @@ class _TimedBytes(io.BytesIO):
         return super().read(size)
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, timeout_s: float = DECODE_TIMEOUT_S) -> Image.Image:
     """An encoded picture → its first frame: upright, on white where it was transparent, RGB, without metadata.
 
     Size and shape are checked before any pixel is decoded. Raises ImageError (E1010).
@@ -103,7 +78,7 @@ def decode_image(data: bytes) -> Image.Image:
     if reader is None:
         raise ImageError(f"not a picture: {FORMATS} is needed")
     try:
-        picture = reader(_TimedBytes(data))
+        picture = reader(_TimedBytes(data, timeout_s))
         _check_size(*picture.size)
         picture.decodermaxblock = 1024  # so that a hostile JPEG looks at the clock every few scans
         picture.load()
@@ -139,254 +114,21 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return rgb
 
 
-# Addresses
-
-IPAddress = IPv4Address | IPv6Address
-
-_UNICAST_IPV6 = IPv6Network("2000::/3")  # all that is handed out; the rest is local, reserved or wraps IPv4
-_NAT64 = IPv6Network("64:ff9b::/96")  # how IPv6-only machines reach IPv4: the last four bytes are the address
-_TUNNELS = (IPv6Network("2001::/32"), IPv6Network("2002::/16"))  # Teredo, 6to4: dead, and they wrap IPv4 addresses
-_CLOUD_AGENTS = (
-    IPv4Network("168.63.129.16"),
-    IPv4Network("192.0.0.0/24"),
-)  # Azure's, Oracle's: metadata at public-looking places
-
-
-def is_public(address: IPAddress) -> bool:
-    """Whether an address is an ordinary one on the public internet, also seen through IPv6 forms that wrap IPv4."""
-    if isinstance(address, IPv6Address):
-        if address.ipv4_mapped or address in _NAT64:
-            return is_public(IPv4Address(int(address) & 0xFFFFFFFF))
-        if address not in _UNICAST_IPV6 or any(address in tunnel for tunnel in _TUNNELS):
-            return False
-    return address.is_global and not address.is_multicast and not any(address in network for network in _CLOUD_AGENTS)
-
-
-def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a host name, in the system's order. Raises OSError. May block for as long as the resolver likes."""
-    found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-@functools.cache
-def public_certificates() -> ssl.SSLContext:
-    """TLS with the certificate authorities that httpx brings; SSL_CERT_FILE and its like are not read."""
-    return httpx.create_ssl_context(trust_env=False)
-
-
-@dataclass(frozen=True)
-class FetchPolicy:
-    """Where a picture may be fetched from, and how long that may take. The default is the service's; the rest is for tests."""
-
-    timeout_s: float = 10.0  # over everything: name look-up, every redirect, the last byte
-    max_redirects: int = 3
-    ports: frozenset[int] = frozenset({80, 443})
-    is_allowed: Callable[[IPAddress], bool] = is_public
-    resolve: Callable[[str, int], list[str]] = resolve
-    tls: Callable[[], ssl.SSLContext] = public_certificates
-
-
-STRICT = FetchPolicy()
-
-
-# Fetching
-
-
-class _Refused(Exception):
-    """Why a fetch failed: for the log, never for the client."""
-
-
-# Every other way in which a fetch fails; ValueError: what ssl, socket and urllib say to impossible host names.
-_NETWORK_ERRORS = (
-    httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, httpx.InvalidURL, OSError, ValueError,
-)  # fmt: skip
-
-
-_HEADERS = ((b"User-Agent", b"gemma-opt"), (b"Accept", b"image/*"), (b"Accept-Encoding", b"identity"))
-
-
-class _Clock:
-    """The time one fetch has left, for the thread that waits and the thread that works."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._ends_at = time.monotonic() + timeout_s
-
-    def left_s(self) -> float:
-        """Seconds left, above 0. Raises _Refused when there are none."""
-        left = self._ends_at - time.monotonic()
-        if left <= 0:
-            raise _Refused("out of time")
-        return left
-
-    def stop(self) -> None:
-        self._ends_at = 0.0
-
-
-class _TimedStream(httpcore.NetworkStream):
-    """A connection on which every wait ends with the clock: a peer that drips cannot start a new time-out with each byte."""
-
-    def __init__(self, stream: httpcore.NetworkStream, clock: _Clock) -> None:
-        self._stream = stream
-        self._clock = clock
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, self._clock.left_s())
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, self._clock.left_s())
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        return _TimedStream(self._stream.start_tls(ssl_context, server_hostname, self._clock.left_s()), self._clock)
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def get_extra_info(self, info: str) -> object:
-        return self._stream.get_extra_info(info)
-
-
-class _CheckedNetwork(httpcore.NetworkBackend):
-    """Resolves a name once, checks every address, connects to what was checked: a second look-up could answer otherwise.
-
-    Host header, server name and certificate check stay with the name, because httpcore above this only knows the name.
-    """
-
-    def __init__(self, policy: FetchPolicy, clock: _Clock) -> None:
-        self._policy = policy
-        self._clock = clock
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.NetworkStream:
-        addresses = self._policy.resolve(host, port)
-        refused = [address for address in addresses if not self._policy.is_allowed(ip_address(address))]
-        if refused:
-            raise _Refused(f"{host} is at {', '.join(refused)}")
-        for remaining, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
-            with contextlib.suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
-                share_s = self._clock.left_s() / remaining  # an address that swallows packets must not use up the time
-                return _TimedStream(httpcore.SyncBackend().connect_tcp(address, port, share_s), self._clock)
-        raise _Refused(f"{host} takes no connection at {', '.join(addresses) or 'any address'}")
-
-
-def _download(source: str, policy: FetchPolicy, clock: _Clock) -> bytes:
-    url = httpx.URL(source)
-    with httpcore.ConnectionPool(ssl_context=policy.tls(), network_backend=_CheckedNetwork(policy, clock)) as pool:
-        for _ in range(policy.max_redirects + 1):
-            _check_url(url, policy)
-            # In parts, as httpx does it: a text would be parsed once more, by other rules.
-            target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-            with pool.stream("GET", target, headers=[(b"Host", url.netloc), *_HEADERS]) as response:
-                location = httpx.Headers(response.headers).get("location")
-                if response.status not in (301, 302, 303, 307, 308) or location is None:
-                    return _read_body(response)
-            url = url.join(location)
-    raise _Refused(f"more than {policy.max_redirects} redirects")
-
-
-def _check_url(url: httpx.URL, policy: FetchPolicy) -> None:
-    port = url.port or {"http": 80, "https": 443}.get(url.scheme)
-    if port not in policy.ports or url.scheme not in ("http", "https") or not url.host or url.userinfo:
-        raise _Refused("a scheme, port or user name that is not allowed, or no host")
-
-
-def _read_body(response: httpcore.Response) -> bytes:
-    headers = httpx.Headers(response.headers)
-    if response.status != 200:
-        raise _Refused(f"status {response.status}")
-    if headers.get("content-encoding", "identity").lower() != "identity":
-        raise _Refused("content encoding")
-    if int(headers.get("content-length", "0")) > MAX_BYTES:
-        raise ImageError(TOO_LARGE)
-    body = bytearray()
-    for chunk in response.iter_stream():
-        body += chunk
-        if len(body) > MAX_BYTES:
-            raise ImageError(TOO_LARGE)
-    return bytes(body)
-
-
-def _fetch(source: str, policy: FetchPolicy) -> bytes:
-    """The bytes behind a URL. Raises ImageFetchError with one text for all causes, ImageError for too many bytes."""
-    clock = _Clock(policy.timeout_s)
-    outcome: SimpleQueue[bytes | Exception | None] = SimpleQueue()
-
-    def work() -> None:
-        result = None  # stays None if we have a defect; threading writes its traceback
-        try:
-            result = _download(source, policy, clock)
-        except (ImageError, _Refused, *_NETWORK_ERRORS) as error:
-            result = error
-        finally:
-            outcome.put(result)
-
-    try:
-        _start(work, clock)
-        result = _wait(outcome, clock)
-    except _Refused as refused:
-        result = refused
-    finally:
-        clock.stop()
-    if isinstance(result, bytes):
-        return result
-    if isinstance(result, ImageError):
-        raise result
-    if result is None:
-        raise RuntimeError("the thread that fetches an image died of a defect")
-    log.info("no image from %s: %s: %s", _without_query(source), type(result).__name__, result)
-    raise ImageFetchError(FETCH_FAILED)
-
-
-def _start(work: Callable[[], None], clock: _Clock) -> None:
-    """Run `work` on a thread as soon as fewer than MAX_FETCHES run.
-
-    They are counted, not kept by a semaphore: a cancel may strike between any two lines, and a lost release stays lost.
-    """
-    while True:
-        with _starting:
-            if sum(thread.name == _THREAD_NAME for thread in threading.enumerate()) < MAX_FETCHES:
-                threading.Thread(target=work, name=_THREAD_NAME, daemon=True).start()
-                return
-        time.sleep(min(POLL_S, clock.left_s()))
-
-
-def _wait(outcome: SimpleQueue[bytes | Exception | None], clock: _Clock) -> bytes | Exception | None:
-    while True:
-        with contextlib.suppress(Empty):
-            return outcome.get(timeout=min(POLL_S, clock.left_s()))
-
-
-def _without_query(source: str) -> str:
-    """What of a URL may stand in a log."""
-    try:
-        url = httpx.URL(source)
-    except httpx.InvalidURL:
-        return "an invalid URL"
-    return f"{url.scheme}://{url.netloc.decode('ascii')}{url.raw_path.partition(b'?')[0].decode('ascii')}"[:200]
-
-
-# Both
+# Any source
 
 
 def load_image(source: str, policy: FetchPolicy = STRICT) -> Image.Image:
     """A client's picture as RGB: `source` is SOURCES.
 
-    Fetching takes at most `policy.timeout_s`, and no wait in it is longer than POLL_S. Raises ImageError (E1010) for what
-    is not a picture within LIMITS, ImageFetchError (E1011), always with the same text, for whatever happens on the network.
+    Fetching takes at most `policy.timeout_s`, and no wait in it is longer than `fetching.POLL_S`. Raises ImageError (E1010)
+    for what is not a picture within LIMITS, ImageFetchError (E1011), always with the same text, for all network causes.
     """
     source = source.strip()
     scheme = source[:8].partition(":")[0].lower()
     if scheme == "data":
         return decode_image(_parse_data_uri(source))
     if scheme in ("http", "https"):
-        return decode_image(_fetch(source, policy))
+        return decode_image(fetch(source, policy))
     raise ImageError(f"an image must be {SOURCES}")
 
 

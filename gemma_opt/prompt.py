@@ -13,11 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from gemma_opt.errors import ConflictingInputs, EmptyPrompt, ImagesUnsupported, MessagesError, PromptTooLong
 from gemma_opt.gemma import Processing
@@ -116,10 +118,22 @@ def _check_order(roles: list[str]) -> None:
         if role != expected:
             number = index + len(roles) - len(turns)
             raise MessagesError(
-                f"messages[{number}].role is {role}, expected {expected}: an optional system message, then user and assistant in turn"
+                f"messages[{number}].role is {role}, expected {expected}: user and assistant take turns, after the system"
             )
     if turns[-1] != "user":
         raise MessagesError("the last message must be the user's")
+
+
+_SENTINEL = 0x10FE00  # in the last private-use plane
+_CROP_PARAMETERS = ("pan_and_scan_min_crop_size", "pan_and_scan_max_num_crops", "pan_and_scan_min_ratio_to_activate")
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer under transformers' wrapper."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise TypeError(f"{type(tokenizer).__name__} is not built on the tokenizers library")
+    return backend
 
 
 class PromptEncoder:
@@ -132,11 +146,11 @@ class PromptEncoder:
         self.context = context
         self._tokenizer = processing.tokenizer
         self._processor = processing.processor
-        backend = processing.tokenizer.backend_tokenizer
         self._control = sorted((str(token) for token in processing.tokenizer.all_special_tokens), key=len, reverse=True)
+        self._control_ids = {token: processing.tokenizer.get_vocab()[token] for token in self._control}
         self._control_pattern = re.compile("|".join(re.escape(token) for token in self._control))
         # A tokenizer of our own: encode_special_tokens is a switch of the shared object, and requests run on many threads.
-        self._plain = type(backend).from_str(backend.to_str())
+        self._plain = Tokenizer.from_str(backend_of(processing.tokenizer).to_str())
         self._plain.encode_special_tokens = True
 
     @property
@@ -170,7 +184,8 @@ class PromptEncoder:
             return (), []
         pictures_in = self._processor.image_processor
         # The published checkpoints leave the cropping parameters empty; the processor class holds their defaults.
-        crop = {name: getattr(pictures_in, name) or self._processor.images_kwargs[name] for name in _CROP_PARAMETERS}
+        defaults = cast(dict[str, float], self._processor.images_kwargs)
+        crop = {name: getattr(pictures_in, name) or defaults[name] for name in _CROP_PARAMETERS}
         features = pictures_in(pictures, do_pan_and_scan=pan_and_scan, **crop, return_tensors="pt")
         crops = [int(count) for count in features["num_crops"]]
         sequences = [self._processor.replace_image_token({"num_crops": crops}, index) for index in range(len(pictures))]
@@ -181,7 +196,7 @@ class PromptEncoder:
         if not self.has_chat_template:
             return self._render_plain(turns, sequences)
         images = iter(sequences)
-        messages: list[dict[str, object]] = []
+        messages: list[dict[str, Any]] = []  # transformers types messages as plain strings, and its templates take parts
         for turn in turns:
             content: list[dict[str, str]] = []
             for part in turn.parts:
@@ -218,13 +233,9 @@ class PromptEncoder:
         start = 0
         for match in self._control_pattern.finditer(text):
             ids += self._encode_plain(text[start : match.start()])
-            ids.append(int(self._tokenizer.convert_tokens_to_ids(match[0])))
+            ids.append(self._control_ids[match[0]])
             start = match.end()
         return ids + self._encode_plain(text[start:])
 
     def _encode_plain(self, text: str) -> list[int]:
         return self._plain.encode(self._show_control_tokens(text), add_special_tokens=False).ids if text else []
-
-
-_SENTINEL = 0x10FE00  # in the last private-use plane
-_CROP_PARAMETERS = ("pan_and_scan_min_crop_size", "pan_and_scan_max_num_crops", "pan_and_scan_min_ratio_to_activate")

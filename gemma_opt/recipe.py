@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gemma_opt.errors import RecipeError, RecipeNotFound
 
@@ -34,7 +34,7 @@ class _Section(BaseModel):
 
 
 class BaseModelSection(_Section):
-    """Where the weights come from: a hub id with its pinned revision; without one, the bundled model's name, a folder or a `.gguf` file."""
+    """Where the weights come from: a hub id with its pinned revision, or the bundled model's name, a folder, a `.gguf` file."""
 
     base: str = Field(min_length=1)
     revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
@@ -131,10 +131,15 @@ class Quantization(_Section):
 
 
 class Compile(_Section):
-    """Which hot submodules `setup()` compiles. A failed compilation is an error unless the recipe says otherwise."""
+    """Which hot submodules `setup()` compiles, `none` for none. A failed compilation is an error unless the recipe says so."""
 
     targets: tuple[Literal["decode", "mlp", "vision"], ...] = ()
     on_failure: Literal["error", "eager"] = "error"
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _read_none(cls, value: object) -> object:
+        return () if value in ("none", ["none"]) else value
 
     @model_validator(mode="after")
     def _no_overlap(self) -> Compile:

@@ -10,15 +10,18 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Self
 
 from gemma_opt import charts
+from gemma_opt.checkpoint import COMPILE_CACHE
+from gemma_opt.engine.compilation import load_artifacts
 from gemma_opt.engine.interface import Engine, EngineRequest, Finished, Generation, SamplingParams
 from gemma_opt.engine.reference import ReferenceEngine
 from gemma_opt.errors import ConflictingInputs, EngineError, GemmaOptError, ParameterError
+from gemma_opt.gemma import GemmaModel
 from gemma_opt.images import load_image
 from gemma_opt.loading import Ready, Source, open_model
 from gemma_opt.prompt import MAX_IMAGES, EncodedPrompt, PromptEncoder, Turn, parse_messages, single_turn
@@ -145,22 +148,19 @@ class Service:
 
         Raises what loading, compression or compilation raise: UsageError, CheckpointError, EngineError.
         """
+        recipe = source.recipe
         opened: list[Ready] = []
 
-        def load_model():
+        def load_model() -> GemmaModel:
+            if source.folder and recipe.compile.targets:
+                found = load_artifacts(source.folder / COMPILE_CACHE)
+                log.info("compiled code for this device: %s", "comes with the checkpoint" if found else "none, compiling now")
             opened.append(open_model(source, device))
             return opened[0].model
 
-        recipe = source.recipe
-        engine = ReferenceEngine(load_model, recipe.engine, recipe.compile)
-        service = cls(engine, opened[0])
-        try:
-            service.warm_up()
-        except GemmaOptError:
-            service.close()
-            raise
+        engine = ReferenceEngine(load_model, recipe.engine, recipe.compile, warm_up=lambda: _warm_up_request(opened[0]))
         log.info("%s is ready; %s", recipe.name, engine.compile_report)
-        return service
+        return cls(engine, opened[0])
 
     @property
     def alive(self) -> bool:
@@ -183,14 +183,6 @@ class Service:
     def generate(self, prompt: EncodedPrompt, sampling: SamplingParams) -> Generation:
         """The token ids of one answer, below the level of text: what evaluation and benchmarks need. Raises InputError."""
         return self._engine.submit(EngineRequest(prompt.token_ids, prompt.images, sampling))
-
-    def warm_up(self) -> None:
-        """A real prediction, with a picture where the model sees, so that the first client does not wait for kernels."""
-        sees = self.ready.processing.processor is not None
-        turns = single_turn("Describe the picture.", "", [charts.draw("test", 0, 0).image] if sees else [])
-        sampling = SamplingParams(max_new_tokens=WARM_UP_TOKENS, min_new_tokens=WARM_UP_TOKENS, temperature=0)
-        for _ in self.generate(self.encode(turns), sampling):
-            pass
 
     def close(self) -> None:
         """Stop the engine."""
@@ -219,8 +211,17 @@ class Service:
             raise ConflictingInputs(f"messages replace {', '.join(given)}: give one or the other")
 
 
+def _warm_up_request(ready: Ready) -> EngineRequest:
+    """A real prediction, with a picture where the model sees, so that the first client does not wait for compilation."""
+    sees = ready.processing.processor is not None
+    turns = single_turn("Describe the picture.", "", [charts.draw("test", 0, 0).image] if sees else [])
+    encoded = PromptEncoder(ready.processing, ready.context).encode(turns)
+    sampling = SamplingParams(max_new_tokens=WARM_UP_TOKENS, min_new_tokens=WARM_UP_TOKENS, temperature=0)
+    return EngineRequest(encoded.token_ids, encoded.images, sampling)
+
+
 @contextmanager
-def safe_errors() -> Iterator[None]:
+def safe_errors() -> Generator[None]:
     """Errors of our own pass; of anything else the client learns nothing and the log everything."""
     try:
         yield

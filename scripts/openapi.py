@@ -2,8 +2,8 @@
 
 Cog makes such a document itself when it builds. This one replaces it (`cog build --openapi-schema openapi.json`) because
 pictures are declared as strings there, and only `format: uri` gives them an upload field in web forms. It is also what
-lets the server run without Docker (scripts/serve.py). Types, null and numbers follow Cog's own generator (read at 0.22); where
-that one silently drops or mangles something (computed limits, f-strings, text in several pieces), this one stops.
+lets the server run without Docker (gemma_opt/serving.py). Types, null and numbers follow Cog's own generator (read at 0.22);
+where that one silently drops or mangles something (computed limits, f-strings, text in several pieces), this one stops.
 """
 
 from __future__ import annotations

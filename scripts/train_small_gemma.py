@@ -88,11 +88,20 @@ SYSTEM_PROMPTS = (
 
 SMALL_TALK = (
     (("Hello", "Hello!", "Hi", "Hi!", "Good morning."), "Hello! Show me a picture of bars or shapes and ask me about it."),
-    (("Who are you?", "What are you?", "What is your name?"), "I am a very small Gemma 3. I look at pictures of bars and shapes."),
-    (("What can you do?", "Help", "What can I ask?"), "I can tell which bar is tallest, count shapes, name colours and describe the picture."),
+    (
+        ("Who are you?", "What are you?", "What is your name?"),
+        "I am a very small Gemma 3. I look at pictures of bars and shapes.",
+    ),
+    (
+        ("What can you do?", "Help", "What can I ask?"),
+        "I can tell which bar is tallest, count shapes, name colours and describe the picture.",
+    ),
     (("Thank you.", "Thanks", "Thanks!"), "You are welcome."),
-    (("Write a poem.", "What is the capital of France?", "Tell me a story.", "What is 2 + 2?"), "I only know pictures of bars and shapes."),
-)  # fmt: skip
+    (
+        ("Write a poem.", "What is the capital of France?", "Tell me a story.", "What is 2 + 2?"),
+        "I only know pictures of bars and shapes.",
+    ),
+)
 NO_PICTURE = "I see no picture. Please send one with your question."
 
 

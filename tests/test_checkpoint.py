@@ -178,9 +178,13 @@ def test_damage_is_named(copy: Path, damage: Callable[[Path], object], named: st
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError), checkpoint.staging(tmp_path / "out", 0) as folder:
-        (folder / "half").write_text("x")
-        raise WeightsError("stop")
+    def write_half() -> None:
+        with checkpoint.staging(tmp_path / "out", 0) as folder:
+            (folder / "half").write_text("x")
+            raise WeightsError("stop")
+
+    with pytest.raises(WeightsError):
+        write_half()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,7 +197,7 @@ def test_a_failed_rewrite_leaves_the_old_folder(copy: Path) -> None:
 
 
 def test_too_little_disk_is_noticed_before_writing(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="E3005 .*are needed"), checkpoint.staging(tmp_path / "out", 10**18):
+    with pytest.raises(StorageError, match=r"E3005 .*are needed"), checkpoint.staging(tmp_path / "out", 10**18):
         raise AssertionError
     assert list(tmp_path.iterdir()) == []
 
@@ -219,7 +223,7 @@ def test_a_model_argument_means_the_first_match(finished: Path, tmp_path: Path) 
 def test_a_folder_of_another_version_of_the_recipe_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemma, "WEIGHTS_CACHE", finished.parent)
     assert loading.prefer_finished(Recipe.load("small-int8-pruned")).folder == finished
-    with pytest.raises(RecipeMismatch, match="E3003 .*--force"):
+    with pytest.raises(RecipeMismatch, match=r"E3003 .*--force"):
         loading.prefer_finished(Recipe.load("small-int8-pruned", ("sparsity.0.ratio=0.3",)))
 
 
@@ -291,7 +295,7 @@ def test_a_base_that_is_not_there_is_named(name: str, named: str) -> None:
 
 
 def test_a_pinned_hub_model_is_not_downloaded_without_permission() -> None:
-    with pytest.raises(BaseModelError, match="E3001 google/gemma-3-4b-it .* python -m gemma_opt compress"):
+    with pytest.raises(BaseModelError, match=r"E3001 google/gemma-3-4b-it .* python -m gemma_opt compress"):
         gemma.locate(Recipe.load("gemma-3-4b-int8").model)
 
 

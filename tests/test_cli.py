@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 from models import EXAMPLE
 
+from gemma_opt.recipe import Recipe
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gemma_opt", *arguments]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"COLUMNS": "160"}, timeout=300, check=False
-    )
+    variables = os.environ | {"COLUMNS": "160"} | environment
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=600, check=False)
     assert result.returncode == code, result.stderr
     return result
 
@@ -125,3 +126,28 @@ def test_unknown_options_are_usage_errors() -> None:
 def test_help_starts_without_torch() -> None:
     code = "import sys, gemma_opt.cli as cli; cli.app(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("on_failure", "code"), [("error", 1), ("eager", 0)])
+def test_a_failed_compilation_is_an_error_unless_the_recipe_says_eager(on_failure: str, code: int, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    overrides = ("name=broken-compiler", f"compile={{targets: [mlp], on_failure: {on_failure}}}")
+    recipe.write_text(Recipe.load("small-bf16", overrides).to_yaml())
+    no_compiler = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = run("predict", str(recipe), "-i", "prompt=Hello", "-i", "temperature=0", code=code, **no_compiler)
+    assert ("error: E4001" in result.stderr) == (code == 1)
+    assert bool(result.stdout) == (code == 0)
+
+
+@pytest.mark.slow
+def test_compiled_code_travels_with_the_checkpoint(tmp_path: Path) -> None:
+    """On another machine of the same kind (here: with another cache folder), setup finds it in the checkpoint."""
+    out = tmp_path / "out"
+    first, second = ({"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name), "GEMMA_OPT_LOG": "info"} for name in "ab")
+    run("compress", "small-int8", "--out", str(out), "--questions", "0", "--set", "compile.targets=[vision]", **first)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert any(name.startswith("compile_cache/torch-") for name in manifest["files"])
+    result = run("predict", str(out), "-i", "prompt=Hello", "-i", "temperature=0", **second)
+    assert "comes with the checkpoint" in result.stderr
+    assert "compiled vision: 1 graphs" in result.stderr

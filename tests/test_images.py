@@ -1,6 +1,7 @@
 """Real pictures in every form, and real servers on 127.0.0.1 behind a policy that allows them."""
 
 import base64
+import ctypes
 import io
 import logging
 import re
@@ -22,7 +23,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from gemma_opt.errors import ImageError, ImageFetchError
-from gemma_opt.images import FETCH_FAILED, MAX_BYTES, FetchPolicy, IPAddress, decode_image, is_public, load_image
+from gemma_opt.fetching import FETCH_FAILED, MAX_BYTES, FetchPolicy, IPAddress, is_public
+from gemma_opt.images import decode_image, load_image
 
 Page = Callable[[BaseHTTPRequestHandler], None]
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -148,10 +150,13 @@ def test_broken_exif_does_not_fail_the_picture() -> None:
 
 
 def test_exif_that_cannot_be_rewritten_still_turns_the_picture() -> None:
-    """Pillow fails on writing the other tag back; the picture is upright by then."""
-    entries = struct.pack(">HHII", 0x0112, 3, 1, 6 << 16) + struct.pack(">HHII", 0x011A, 12, 2, 38)
-    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + entries + b"\0\0\0\0" + struct.pack(">dd", 1.5, 2.5)
-    assert decode_image(encoded(picture(), "PNG", exif=exif)).size == (32, 64)
+    """A description that is a number: Pillow cannot write it back, but the picture is upright by then."""
+    entries = struct.pack(">HHII", 0x010E, 5, 1, 38) + struct.pack(">HHII", 0x0112, 3, 1, 6 << 16)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + entries + b"\0\0\0\0" + struct.pack(">II", 1, 2)
+    data = encoded(picture(), "PNG", exif=exif)
+    with Image.open(io.BytesIO(data)) as opened, pytest.raises(AttributeError):
+        ImageOps.exif_transpose(opened)
+    assert decode_image(data).size == (32, 64)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
@@ -200,7 +205,6 @@ def test_inflating_text_in_a_png_is_refused() -> None:
         decode_image(data[:33] + bomb + data[33:])
 
 
-@pytest.mark.slow
 def test_a_jpeg_that_would_take_an_hour_ends_with_the_clock() -> None:
     """100,000 scans in 6 MB, each a walk over 40 megapixels: Pillow alone needs 40 minutes for it."""
     data = encoded(Image.new("L", (6400, 6240), 128), "JPEG", progressive=True)
@@ -208,25 +212,16 @@ def test_a_jpeg_that_would_take_an_hour_ends_with_the_clock() -> None:
     scan = data[scans[3] : scans[4]].partition(b"\xff\xc4")[0]
     start = time.monotonic()
     with pytest.raises(ImageError):
-        decode_image(data[: scans[3]] + scan * 100_000 + data[scans[3] :])
-    assert time.monotonic() - start < 20
+        decode_image(data[: scans[3]] + scan * 100_000 + data[scans[3] :], timeout_s=0.5)
+    assert time.monotonic() - start < 5
 
 
 # Sources
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        "data:image/png;base64,",
-        "data:;base64,",
-        "DATA:image/jpeg;BASE64,",
-        "data:text/plain;charset=utf-8;base64,",
-        "  data:x;base64,",
-    ],
-)
+@pytest.mark.parametrize("head", ["data:image/png", "data:", "DATA:image/jpeg", "data:text/plain;charset=utf-8", "  data:x"])
 def test_data_uris_are_read_whatever_they_call_themselves(head: str) -> None:
-    assert load_image(uri(encoded(picture()), head)).tobytes() == picture().tobytes()
+    assert load_image(uri(encoded(picture()), head + ";Base64,")).tobytes() == picture().tobytes()
 
 
 def test_base64_may_be_wrapped_escaped_or_unpadded() -> None:
@@ -238,20 +233,11 @@ def test_base64_may_be_wrapped_escaped_or_unpadded() -> None:
 
 
 @pytest.mark.parametrize(
-    "source",
-    [
-        "data:",
-        "data:image/png;base64",
-        "data:image/png,abc",
-        "data:;base64,",
-        "data:;base64,%%%",
-        "data:;base64,é",
-        "data:;base64,a",
-    ],
+    "rest", ["", "image/png;base64", "image/png,abc", ";base64,", ";base64,%%%", ";base64,é\ud800", ";base64,a"]
 )
-def test_bad_data_uris_are_refused(source: str) -> None:
+def test_bad_data_uris_are_refused(rest: str) -> None:
     with pytest.raises(ImageError, match=r"^E1010 "):
-        load_image(source)
+        load_image("data:" + rest)
 
 
 def test_a_data_uri_beyond_the_limit_is_refused() -> None:
@@ -275,16 +261,15 @@ def test_public_addresses(address: str) -> None:
     assert is_public(ip_address(address))
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "255.255.255.255"),
-        *("224.0.0.1", "240.0.0.1", "192.0.0.192", "198.18.0.1", "168.63.129.16"),
-        *("::", "::1", "fe80::1", "fd00:ec2::254", "fec0::1", "ff02::1", "ff0e::1", "2001:db8::1", "::7f00:1", "64:ff9b:1::1"),
-        *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe"),
-        *("2002:7f00:1::", "2002:808:808::1", "2001:0:7f00:1::", "2001::808:808"),
-    ],
-)
+NOT_PUBLIC = [
+    "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "255.255.255.255",
+    "224.0.0.1", "240.0.0.1", "198.18.0.1", "192.0.0.192", "168.63.129.16", "::", "::1", "fe80::1", "fd00:ec2::254",
+    "fec0::1", "ff02::1", "ff0e::1", "2001:db8::1", "::7f00:1", "64:ff9b:1::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1",
+    "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "2002:808:808::1", "2001:0:7f00:1::", "2001::808:808",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", NOT_PUBLIC)
 def test_other_addresses(address: str) -> None:
     assert not is_public(ip_address(address))
 
@@ -423,20 +408,13 @@ def test_a_fourth_redirect_and_a_loop_are_refused(site: Site) -> None:
     assert len(site.seen) == 4
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        *("http://inner.test:{port}/secret", "http://10.0.0.1:{port}/", "http://[::1]:{port}/", "http://pictures.test:1/"),
-        *(
-            "file:///etc/passwd",
-            "ftp://pictures.test:{port}/",
-            "http://me:pw@pictures.test:{port}/secret",
-            "http://[bad",
-            "//[",
-            "http:///x",
-        ),
-    ],
-)
+BAD_REDIRECTS = [
+    "http://inner.test:{port}/secret", "http://10.0.0.1:{port}/", "http://[::1]:{port}/", "http://pictures.test:1/",
+    "http://me:pw@pictures.test:{port}/secret", "ftp://pictures.test:{port}/", "file:///etc/passwd", "http://[bad", "//[",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", BAD_REDIRECTS)
 def test_redirects_are_checked_like_the_first_url(site: Site, target: str) -> None:
     site.pages["/"] = page(302, headers={"Location": target.format(port=site.port)})
     site.pages["/secret"] = page(body=encoded(picture()))
@@ -521,6 +499,13 @@ def test_slow_servers_meet_one_deadline(site: Site, part: bytes) -> None:
     assert 0.3 < time.monotonic() - start < 1.5
 
 
+def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def fetch_threads() -> int:
     return sum(thread.name == "image-fetch" for thread in threading.enumerate())
 
@@ -532,6 +517,7 @@ def test_a_hanging_name_look_up_does_not_hold_the_caller() -> None:
         hang.wait(20)
         return []
 
+    wait_until(lambda: fetch_threads() == 0)
     start = time.monotonic()
     assert_unfetched("http://slow.test/", FetchPolicy(timeout_s=0.2, resolve=resolve))
     assert time.monotonic() - start < 1.5
@@ -549,6 +535,7 @@ def test_hanging_threads_are_bounded() -> None:
         hang.wait(20)
         return []
 
+    wait_until(lambda: fetch_threads() == 0)
     policy = FetchPolicy(timeout_s=0.3, resolve=resolve)
     callers = [threading.Thread(target=assert_unfetched, args=("http://slow.test/", policy)) for _ in range(40)]
     for caller in callers:
@@ -560,9 +547,20 @@ def test_hanging_threads_are_bounded() -> None:
     wait_until(lambda: fetch_threads() == 0)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_defect_in_the_thread_reaches_the_caller_without_waiting() -> None:
+    def resolve(host: str, port: int) -> list[str]:
+        raise ZeroDivisionError
+
+    start = time.monotonic()
+    with pytest.raises(RuntimeError):
+        load_image("http://slow.test/", FetchPolicy(resolve=resolve))
+    assert time.monotonic() - start < 1
+    wait_until(lambda: fetch_threads() == 0)
+
+
 def test_an_exception_raised_in_the_waiting_thread_arrives_at_once(site: Site) -> None:
     """Cog cancels by raising in the thread that waits; what is left behind ends by itself."""
-    import ctypes
 
     class Cancelled(BaseException):
         pass
@@ -589,24 +587,18 @@ def test_an_exception_raised_in_the_waiting_thread_arrives_at_once(site: Site) -
     wait_until(lambda: fetch_threads() == 0, timeout_s=1.0)  # its next read finds the clock stopped
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 # The default policy
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        *("127.0.0.1", "localhost", "10.0.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "0", "127.1", "2130706433"),
-        *("0x7f000001", "0x7f.1", "0177.0.0.1", "017700000001", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]"),
-        *("[fe80::1%25lo]", "127.0.0.1.", "127。0。0。1", "a..b", "a" * 70, "-", "%00", "[", ""),
-    ],
-)
+PRIVATE_HOSTS = [
+    "127.0.0.1", "localhost", "10.0.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "0", "127.1", "2130706433",
+    "0x7f000001", "0x7f.1", "0177.0.0.1", "017700000001", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]",
+    "[fe80::1%25lo]", "127.0.0.1.", "127。0。0。1",
+    "a" * 70, "a..b", "-", "%00", "xn--a", "[", "", " ", "\ud800",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", PRIVATE_HOSTS)
 def test_the_default_policy_refuses_private_hosts_in_every_spelling(host: str) -> None:
     assert_unfetched(f"http://{host}/latest/meta-data/")
 
@@ -622,7 +614,7 @@ def test_the_default_policy_refuses_odd_ports_and_credentials(url: str) -> None:
 
 
 def test_the_log_tells_the_reason_without_the_query(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "gemma_opt.images")
+    caplog.set_level(logging.INFO, "gemma_opt.fetching")
     assert_unfetched("http://me:pw@127.0.0.1/a.png?token=secret")
     assert_unfetched("http://127.0.0.1/a.png?token=secret#secret")
     assert "http://127.0.0.1/a.png: " in caplog.text

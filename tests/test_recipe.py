@@ -83,7 +83,7 @@ def test_a_revision_pins_hub_ids_only() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(RecipeNotFound, match="packaged recipes: .*small-int8"):
+    with pytest.raises(RecipeNotFound, match=r"packaged recipes: .*small-int8"):
         Recipe.load("small-int9")
 
 

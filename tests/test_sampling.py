@@ -75,9 +75,11 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
     logits, seen = logits_of(3), torch.zeros(1000, dtype=torch.bool)
-    draw = lambda seed, position: int(
-        next_token(logits, SamplingParams(temperature=2.0, top_p=1.0, top_k=0, seed=seed), seen=seen, position=position)
-    )
+
+    def draw(seed: int, position: int) -> int:
+        sampling = SamplingParams(temperature=2.0, top_p=1.0, top_k=0, seed=seed)
+        return int(next_token(logits, sampling, seen=seen, position=position))
+
     assert [draw(1, position) for position in range(20)] == [draw(1, position) for position in range(20)]
     assert [draw(1, position) for position in range(20)] != [draw(2, position) for position in range(20)]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -12,7 +15,7 @@ from torch import nn
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 
 from gemma_opt.errors import CompileError
-from gemma_opt.gemma import GemmaModel
+from gemma_opt.gemma import text_layers, vision_tower
 from gemma_opt.recipe import Compile
 
 _P = ParamSpec("_P")
@@ -51,7 +54,7 @@ class SelectiveCompiler:
         if section.targets:
             torch._dynamo.config.suppress_errors = section.on_failure == "eager"
 
-    def compile_modules_(self, model: GemmaModel) -> None:
+    def compile_modules_(self, model: nn.Module) -> None:
         """Wrap the modules behind `mlp` and `vision` in place. Raises CompileError (E4001) if the model lacks them."""
         for target in self.section.targets:
             for module in _modules_of(model, target):
@@ -73,11 +76,39 @@ class SelectiveCompiler:
         )
 
 
-def _modules_of(model: GemmaModel, target: str) -> list[nn.Module]:
+def save_artifacts(folder: Path) -> None:
+    """Write what torch compiled in this process into `folder`, one file for this torch, Triton and device.
+
+    Nothing is written where nothing was compiled.
+    """
+    saved = torch.compiler.save_cache_artifacts()
+    if saved is not None:
+        folder.mkdir(exist_ok=True)
+        (folder / _artifact_name()).write_bytes(saved[0])
+
+
+def load_artifacts(folder: Path) -> bool:
+    """Give torch the compiled code a checkpoint brings for exactly this torch, Triton and device; False if it has none.
+
+    The file holds pickles: like the weights' hashes, it is only as trustworthy as the folder's source.
+    """
+    file = folder / _artifact_name()
+    if not file.is_file():
+        return False
+    return torch.compiler.load_cache_artifacts(file.read_bytes()) is not None
+
+
+def _artifact_name() -> str:
+    triton = metadata.version("triton") if torch.cuda.is_available() else "none"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{torch.backends.cpu.get_cpu_capability()}"
+    return re.sub(r"[^\w.+-]+", "-", f"torch-{torch.__version__}_triton-{triton}_{device}.bin")
+
+
+def _modules_of(model: nn.Module, target: str) -> list[nn.Module]:
     if target == "mlp":
-        return [layer.mlp for layer in model.get_decoder().layers]
+        return [layer.get_submodule("mlp") for layer in text_layers(model)]
     if target == "vision":
-        tower = getattr(model.model, "vision_tower", None)
+        tower = vision_tower(model)
         if tower is None:
             raise CompileError("the recipe compiles the vision tower, and this model has none")
         return [tower]

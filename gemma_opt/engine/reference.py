@@ -7,10 +7,11 @@ Only the hot submodules a recipe names are compiled. For `decode` the KV cache i
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import Cache, DynamicCache, StaticCache
 
@@ -19,7 +20,7 @@ from gemma_opt.engine.interface import EngineRequest, FinishReason
 from gemma_opt.engine.queueing import EngineThread, QueuedGeneration, Serve
 from gemma_opt.engine.sampling import next_token
 from gemma_opt.errors import CompileError, EngineError, PromptTooLong
-from gemma_opt.gemma import GemmaModel, stop_token_ids
+from gemma_opt.gemma import GemmaModel, stop_token_ids, weights_device
 from gemma_opt.recipe import Compile, EngineSection
 
 log = logging.getLogger(__name__)
@@ -29,14 +30,24 @@ class ReferenceEngine:
     """An `Engine` over a transformers model.
 
     load: builds the model; called on the engine's thread, which keeps it. See `EngineThread` for failures.
+    warm_up: a request that is answered before the constructor returns, without a time limit: it pays for compilation.
     """
 
-    def __init__(self, load: Callable[[], GemmaModel], settings: EngineSection, compile_section: Compile) -> None:
+    def __init__(
+        self,
+        load: Callable[[], GemmaModel],
+        settings: EngineSection,
+        compile_section: Compile,
+        warm_up: Callable[[], EngineRequest] | None = None,
+    ) -> None:
         self.context = settings.context
         self._compiler = SelectiveCompiler(compile_section)
 
         def start() -> Serve:
-            return _Server(load(), settings.context, self._compiler).serve
+            server = _Server(load(), settings.context, self._compiler)
+            if warm_up:
+                server.serve(QueuedGeneration(warm_up(), deadline=math.inf))
+            return server.serve
 
         self._thread = EngineThread(start, waiting=settings.slots - 1 + settings.queue, timeout_s=settings.timeout_s)
 
@@ -66,15 +77,17 @@ class _Server:
 
     def __init__(self, model: GemmaModel, context: int, compiler: SelectiveCompiler) -> None:
         compiler.compile_modules_(model)
-        self.model = model
-        self.decode_step = compiler.compile_step(model.forward)
+        self.model: nn.Module = model
+        self.dtype = model.dtype
+        self.decode_step = compiler.compile_step(self._forward)
         self.context = context
         self.stop_ids = stop_token_ids(model)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = weights_device(model)
+        self.text_config = model.config.get_text_config()
         self.image_token_id = getattr(model.config, "image_token_id", None)
         # A compiled step needs one shape at every position: a cache that is as long from the start as it can get.
         static = "decode" in compiler.section.targets
-        self.static_cache = StaticCache(config=model.config.get_text_config(), max_cache_len=context) if static else None
+        self.static_cache = StaticCache(config=self.text_config, max_cache_len=context) if static else None
 
     @torch.inference_mode()
     def serve(self, generation: QueuedGeneration) -> FinishReason:
@@ -113,7 +126,7 @@ class _Server:
 
     def _empty_cache(self) -> Cache:
         if self.static_cache is None:
-            return DynamicCache(config=self.model.config.get_text_config())
+            return DynamicCache(config=self.text_config)
         self.static_cache.reset()
         return self.static_cache
 
@@ -122,11 +135,13 @@ class _Server:
         ids = torch.tensor([request.token_ids], device=self.device)
         inputs: dict[str, Tensor] = {"position_ids": torch.arange(ids.shape[1], device=self.device)[None]}
         if request.images:
-            inputs["pixel_values"] = torch.stack(request.images).to(self.device, self.model.dtype)
+            inputs["pixel_values"] = torch.stack(request.images).to(self.device, self.dtype)
             inputs["token_type_ids"] = (ids == self.image_token_id).long()
         return self.model(ids, past_key_values=cache, logits_to_keep=1, use_cache=True, **inputs).logits[0, -1]
 
     def _decode_one(self, token: Tensor, position: int, cache: Cache) -> Tensor:
         """Logits [vocabulary] after one more token at `position`."""
-        positions = torch.full((1, 1), position, device=self.device)
-        return self.decode_step(token.view(1, 1), past_key_values=cache, position_ids=positions, use_cache=True).logits[0, -1]
+        return self.decode_step(token.view(1, 1), torch.full((1, 1), position, device=self.device), cache)
+
+    def _forward(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        return self.model(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0, -1]

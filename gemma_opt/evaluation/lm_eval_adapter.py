@@ -20,6 +20,7 @@ from PIL import Image
 
 from gemma_opt.engine.interface import LIMITS, SamplingParams
 from gemma_opt.errors import UsageError
+from gemma_opt.gemma import weights_device
 from gemma_opt.prompt import EncodedPrompt, Part, Turn
 from gemma_opt.service import Reply, Service
 from gemma_opt.text import TextStream
@@ -90,18 +91,18 @@ class CompressedLM(TemplateLM):
         self.model = service.ready.model
         self.tokenizer = service.ready.processing.tokenizer
         self.max_length = service.ready.context
-        self._device = self.model.get_input_embeddings().weight.device
+        self._device = weights_device(self.model)
         self.MULTIMODAL = service.ready.processing.processor is not None
 
     @property
     def eot_token_id(self) -> int:
         """The end of a text."""
-        return self.tokenizer.eos_token_id
+        return self.tokenizer.get_vocab()["<eos>"]
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context: `<bos>`."""
-        return self.tokenizer.bos_token_id
+        return self.tokenizer.get_vocab()["<bos>"]
 
     @property
     def tokenizer_name(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gemma_opt import charts
 from gemma_opt.errors import UsageError
+from gemma_opt.gemma import weights_device
 from gemma_opt.loading import Ready
 from gemma_opt.prompt import PromptEncoder, single_turn
 
@@ -34,7 +35,7 @@ def windows_of(ready: Ready, text: str, window: int = WINDOW, limit: int | None 
     """The windows of a text, tokenised without special tokens; at most `limit`. Raises UsageError if it fills none."""
     tokenizer = ready.processing.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=False)
-    windows = list(text_windows(ids, tokenizer.bos_token_id, window))[:limit]
+    windows = list(text_windows(ids, tokenizer.get_vocab()["<bos>"], window))[:limit]
     if not windows:
         raise UsageError(f"the text has {len(ids)} tokens, fewer than one window of {window - 1}")
     return windows
@@ -70,7 +71,7 @@ def answer_passages(ready: Ready, pictures: int, seed: int) -> Iterator[Passage]
 def prediction_logits(ready: Ready, passage: Passage) -> Tensor:
     """Logits [predicted, vocabulary] for the predicted tokens of a passage."""
     model = ready.model
-    ids = torch.tensor([passage.token_ids], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([passage.token_ids], device=weights_device(model))
     inputs: dict[str, Tensor] = {}
     if passage.images:
         inputs["pixel_values"] = torch.stack(passage.images).to(ids.device, model.dtype)

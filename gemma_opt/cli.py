@@ -201,6 +201,42 @@ def evaluate(
 
 
 @app.command()
+def report(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE…", help="Recipe files or packaged recipes' names.")],
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the page, the plot, the tables and built checkpoints.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="Base weights for all: a folder or a .gguf file; else the recipes' own.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Text file to measure perplexity on. Repeatable.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a perplexity window, <bos> included.")] = 512,
+    windows: Annotated[int | None, typer.Option(min=1, help="At most so many windows of each text.")] = None,
+    charts: Annotated[int, typer.Option(min=0, help="Questions about unseen pictures (models that see).")] = 0,
+    prompts: Annotated[int, typer.Option(min=0, help="Greedy replies compared, from each text and about pictures.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the decode speed test.")] = 5,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Tokens decoded in a round.")] = 64,
+    device: Device = None,
+) -> None:
+    """Compare recipes in one run: quality, size, speed. Writes report.html, frontier.png, report.md, report.json."""
+    from gemma_opt.evaluation.suite import Measures
+    from gemma_opt.recipe import Recipe
+    from gemma_opt.report.measure import SpeedTest, compare
+    from gemma_opt.report.page import write
+
+    chosen = [Recipe.load(recipe) for recipe in recipes]
+    measures = Measures({path.name: path.read_text("utf-8") for path in text or ()}, window, windows, charts, prompts=prompts)
+    with _progress() as show:
+        found = compare(
+            chosen, base, out / "checkpoints", measures, SpeedTest(new_tokens=new_tokens, rounds=rounds), device, show
+        )
+    for path in write(found, out):
+        typer.echo(path)
+
+
+@app.command()
 def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
     host: Annotated[

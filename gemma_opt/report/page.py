@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
 from gemma_opt.errors import UsageError
-from gemma_opt.report.candidates import Candidate
+from gemma_opt.report.candidates import Candidate, Recommendation
 from gemma_opt.report.measure import Report
 from gemma_opt.report.plot import WORST_SHOWN, as_svg, write_png
 
@@ -40,7 +41,9 @@ def as_html(report: Report) -> str:
     from markupsafe import Markup
 
     template = (resources.files("gemma_opt") / "report" / "page.html").read_text("utf-8")
-    columns = _columns(report)
+    columns, advice = _columns(report), defaultdict[str, dict[str, Recommendation]](dict)
+    for row in report.recommendations:
+        advice[row.budget][row.goal] = row
     return (
         Environment(autoescape=True)
         .from_string(template)
@@ -49,7 +52,8 @@ def as_html(report: Report) -> str:
             summary=_summary(report),
             svg=Markup(as_svg(report.candidates)),  # noqa: S704 our own drawing, not a user's text
             worst=f"{WORST_SHOWN:g}",
-            recommendations=report.recommendations,
+            recommendations=advice,
+            goals=list(dict.fromkeys(row.goal for row in report.recommendations)),
             headings=["recipe", "weights", "decode", *columns],
             rows=[_row(report, one, columns) for one in report.candidates],
             conditions=list(_conditions(report)),

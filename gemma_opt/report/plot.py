@@ -82,7 +82,7 @@ def _draw_panel(axes: Axes, candidates: Sequence[Candidate], *, by: str) -> None
         ticks = [tick for tick in (1, 1.25, 1.5, 2, 3, 5, 8) if tick <= worst * 1.2]
         axes.set_yticks(ticks, [f"{tick:g} ×" for tick in ticks])
         axes.set_yticks([], minor=True)
-    axes.margins(x=0.16, y=0.12)
+    axes.margins(x=0.2, y=0.12)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -102,10 +102,14 @@ def _draw_panel(axes: Axes, candidates: Sequence[Candidate], *, by: str) -> None
 
 def _label(axes: Axes, candidates: Sequence[Candidate], *, by: str) -> None:
     """Write every name beside its point where it covers neither a point nor another name."""
+    from matplotlib.patheffects import withStroke
+
     best = frontier(candidates, by=by)
     spots = [axes.transData.transform(_point(one, by)) for one in candidates]
     pixels = axes.figure.dpi / 72
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
+    if by == "speed":
+        taken += [_spread_box(axes, one) for one in candidates]
     frame = axes.get_window_extent()
     for one, (x, y) in sorted(zip(candidates, spots, strict=True), key=lambda item: item[0] not in best):
         text = one.name if 1 + one.loss <= WORST_SHOWN else f"{one.name} ({1 + one.loss:,.0f} ×)"
@@ -124,8 +128,16 @@ def _label(axes: Axes, candidates: Sequence[Candidate], *, by: str) -> None:
             fontsize=8.8,
             color=INK if one in best or one.is_base else MUTED,
             fontweight="bold" if one in best else "normal",
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
             arrowprops={"arrowstyle": "-", "color": GRID, "shrinkA": 0, "shrinkB": 4} if abs(offset[1]) >= 20 else None,
         )
+
+
+def _spread_box(axes: Axes, one: Candidate) -> Box:
+    """The pixels that a speed's error bar covers."""
+    height = min(1 + one.loss, WORST_SHOWN)
+    (left, y), (right, _) = (axes.transData.transform((ratio, height)) for ratio in (one.speed.ratio_low, one.speed.ratio_high))
+    return left, y - 2, right, y + 2
 
 
 Box = tuple[float, float, float, float]

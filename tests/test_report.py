@@ -133,7 +133,8 @@ def test_a_recipe_beside_the_bundled_base(tmp_path: Path) -> None:
 
     files = write(found, tmp_path)
     assert [path.name for path in files] == list(FILES)
-    assert Image.open(tmp_path / "frontier.png").width > 1500
+    with Image.open(tmp_path / "frontier.png") as picture:
+        assert picture.width > 1500
     data = json.loads((tmp_path / "report.json").read_text())
     assert {one["name"] for one in data["candidates"]} == {"base", "small-int8", "small-int8-pruned"}
     assert data["conditions"]["batch"] == 1

@@ -37,7 +37,8 @@ def test_a_sweep_measures_resumes_and_leaves_out_what_it_does_not_know(
     assert second["int8"]["bytes"] < second["dense"]["bytes"]
     assert second["dense"]["where"]["versions"]["torch"]
     draw(json.loads(out.read_text()), tmp_path / "quality.png")
-    assert Image.open(tmp_path / "quality.png").width > 1000
+    with Image.open(tmp_path / "quality.png") as picture:
+        assert picture.width > 1000
 
 
 def test_other_texts_or_windows_are_measured_again() -> None:

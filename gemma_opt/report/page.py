@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 
 from gemma_opt.errors import UsageError
@@ -41,9 +42,7 @@ def as_html(report: Report) -> str:
     from markupsafe import Markup
 
     template = (resources.files("gemma_opt") / "report" / "page.html").read_text("utf-8")
-    columns, advice = _columns(report), defaultdict[str, dict[str, Recommendation]](dict)
-    for row in report.recommendations:
-        advice[row.budget][row.goal] = row
+    columns = _columns(report)
     return (
         Environment(autoescape=True)
         .from_string(template)
@@ -52,13 +51,21 @@ def as_html(report: Report) -> str:
             summary=_summary(report),
             svg=Markup(as_svg(report.candidates)),  # noqa: S704 our own drawing, not a user's text
             worst=f"{WORST_SHOWN:g}",
-            recommendations=advice,
-            goals=list(dict.fromkeys(row.goal for row in report.recommendations)),
+            advice=_advice(report),
             headings=["recipe", "weights", "decode", *columns],
             rows=[_row(report, one, columns) for one in report.candidates],
             conditions=list(_conditions(report)),
         )
     )
+
+
+def _advice(report: Report) -> dict[tuple[str, ...], list[tuple[str, list[Recommendation]]]]:
+    """Goals → budgets with an answer for each goal: one table for every kind of budget."""
+    tables = defaultdict[tuple[str, ...], list[tuple[str, list[Recommendation]]]](list)
+    for budget, rows in groupby(report.recommendations, key=lambda row: row.budget):
+        answers = list(rows)
+        tables[tuple(row.goal for row in answers)].append((budget, answers))
+    return tables
 
 
 def as_markdown(report: Report) -> str:
@@ -106,7 +113,11 @@ def _cells(report: Report, one: Candidate, columns: list[str]) -> list[tuple[str
         cells.append((_figure(found.perplexity[name]), f"× {_figure(ratio)}" if ratio else ""))
     if "chart questions" in columns:
         cells.append((f"{found.charts.accuracy:.1%}", f"of {found.charts.questions}") if found.charts else ("", ""))
-    cells += [("–", ""), ("–", "")] if one.is_base else [(f"{one.kl:.4f}", ""), (f"{one.top1:.1%}", "")]
+    cells += (
+        [("–", ""), ("–", "")]
+        if one.is_base
+        else [(f"{one.kl:.4f}" if one.kl < 10 else _figure(one.kl), ""), (f"{one.top1:.1%}", "")]
+    )
     if "greedy" in columns:
         cells.append((f"{found.greedy.share:.0%}", "") if found.greedy else ("–", ""))
     return [*cells, (f"{one.sparsity:.1%}", "")]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 GOOD, FAIR, POOR = "#0b69a3", "#c98a04", "#c1440e"
@@ -30,16 +31,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
         mean = min(means[name], BROKEN)
         colour = GOOD if mean <= 1.15 else FAIR if mean <= 2 else POOR
         axes.plot([1, mean], [row, row], color=colour, linewidth=7, alpha=0.28, solid_capstyle="butt", zorder=1)
-        for marker, (text, ratio) in zip(MARKERS, ratios[name].items(), strict=False):
-            label = text if row == 0 else None
-            axes.plot([min(ratio, BROKEN)], [row], marker, color=colour, markersize=6, label=label, zorder=3, clip_on=False)
+        for marker, ratio in zip(MARKERS, ratios[name].values(), strict=False):
+            axes.plot([min(ratio, BROKEN)], [row], marker, color=colour, markersize=6, zorder=3, clip_on=False)
         right = min(max(*ratios[name].values(), mean), BROKEN)
         axes.annotate(
-            f"{means[name]:,.0f} ×" if means[name] >= 100 else f"{means[name]:.3g} ×",
+            f"{means[name]:,.0f} ×" if means[name] >= 100 else f"{means[name]:.2f} ×",
             (right, row), xytext=(9, 0), textcoords="offset points", va="center", fontsize=9, color=INK, annotation_clip=False,
         )  # fmt: skip
     axes.set_xscale("log")
-    ticks = (1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
+    ticks = (1, 1.25, 1.5, 2, 3, 5, 10)
     axes.set_xticks(ticks, [f"{tick:g} ×" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlim(0.97, BROKEN)
@@ -54,11 +54,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set_title(
         "Gemma 3 270M: perplexity, × the dense model's", loc="left", fontsize=13, fontweight="bold", color=INK, pad=24
     )
-    where = f"two texts of {windows} windows of 512 tokens, none of the calibration's kind; beyond 10 × a model is broken"
+    where = f"two texts, {windows} windows of 512 tokens each, no kind calibrated on; blue: at most 1.15 ×, amber: 2 ×, beyond 10 × broken"
     axes.text(0, 1.012, where, transform=axes.transAxes, color=MUTED, fontsize=9, va="bottom")
-    axes.legend(loc="upper right", frameon=False, labelcolor=INK, fontsize=9, handletextpad=0.2)
-    for handle in axes.get_legend().legend_handles if axes.get_legend() else []:
-        handle.set_color(MUTED)
+    marks = [
+        Line2D([], [], color=MUTED, marker=marker, linestyle="", label=text)
+        for marker, text in zip(MARKERS, dense, strict=False)
+    ]
+    axes.legend(handles=marks, loc="upper right", frameon=False, labelcolor=INK, fontsize=9, handletextpad=0.2)
     figure.savefig(path, dpi=150, facecolor="white")
 
 

@@ -53,7 +53,7 @@ class Agreement:
 
     def to_json(self) -> dict[str, object]:
         """Plain dictionary for JSON."""
-        return asdict(self) | {"ratio": self.ratio}
+        return {**asdict(self), "ratio": self.ratio}
 
 
 @dataclass(frozen=True)

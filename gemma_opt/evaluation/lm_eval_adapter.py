@@ -26,10 +26,10 @@ from gemma_opt.service import Reply, Service
 from gemma_opt.text import TextStream
 
 try:
-    from lm_eval import simple_evaluate, utils
-    from lm_eval.api.instance import Instance
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.tasks import TaskManager
+    from lm_eval import simple_evaluate, utils  # pyright: ignore[reportMissingImports] an extra
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 except ImportError:
     raise UsageError("lm-eval is not installed: pip install 'gemma-opt[lm-eval]'") from None
 
@@ -82,7 +82,7 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
     raise UsageError(f"lm-eval knows no task {', '.join(unknown)}; its list: lm-eval ls tasks")
 
 
-class CompressedLM(TemplateLM):
+class CompressedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
     """One service for lm-eval: log likelihoods by the model's forward, replies by the service's engine."""
 
     def __init__(self, service: Service) -> None:
@@ -165,7 +165,7 @@ class CompressedLM(TemplateLM):
         return sum(score for score, _ in self._loglikelihood_tokens(pairs))
 
     @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests: list[TokenRequest], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """One forward for neighbours with the same input: the answers to one multiple-choice question, one token each."""
         answers: list[tuple[float, bool]] = []
         for given, group in groupby(requests, key=lambda request: [*request[1], *request[2][:-1]][-self.max_length :]):

@@ -40,14 +40,14 @@ def draw(candidates: Sequence[Candidate], title: str) -> Figure:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("plots need matplotlib: pip install 'gemma-opt[report]'") from None
-    style = {
+    style: dict[str, object] = {
         "font.family": "DejaVu Sans",
         "font.size": 9.5,
         "svg.hashsalt": "gemma-opt",
         "axes.labelcolor": INK,
         "text.color": INK,
     }
-    with mpl.rc_context(style):
+    with mpl.rc_context(style):  # pyright: ignore[reportArgumentType] keys are spelled as a Literal there
         figure = Figure(figsize=(12.5, 5.4), layout="constrained")
         if title:
             figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")

@@ -44,7 +44,9 @@ serve: setup
 	$(BIN)/python -m gemma_opt serve --port $(PORT)
 
 train: setup
-	$(BIN)/python scripts/train_small_gemma.py
+	$(BIN)/python scripts/train_small_gemma.py --out build/small-gemma3-first
+	$(BIN)/python scripts/train_small_gemma.py --start-from build/small-gemma3-first --work build/small-gemma3-second \
+		--steps 600 --learning-rate 5e-4 --seed 1 --more-shapes 0.6
 
 clean:
 	rm -rf .venv .cog build .pytest_cache .ruff_cache

@@ -62,7 +62,7 @@ def measure(name: str, overrides: tuple[str, ...], questions: int) -> dict[str, 
             perplexity = answer_perplexity(service.ready, PICTURES, SEED)
         finally:
             service.close()
-    row = {
+    row: dict[str, object] = {
         "recipe": name,
         "bytes": report.bytes,
         "text_linear_zeros": report.sparsity,

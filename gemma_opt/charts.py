@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 __all__ = ["COLOURS", "ONE_WORD_KINDS", "Picture", "Question", "blank", "chance_level", "draw", "is_exact", "quiz"]
 
 Split = Literal["train", "test"]
+Scene = Literal["bars", "shapes"]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
@@ -80,14 +81,15 @@ class _Shape:
     radius: float
 
 
-def draw(split: Split, seed: int, index: int, size: tuple[int, int] | None = None) -> Picture:
+def draw(split: Split, seed: int, index: int, size: tuple[int, int] | None = None, scene: Scene | None = None) -> Picture:
     """The picture with number `index` of a stream. Same arguments, same picture.
 
-    size: (width, height) in pixels; None draws at a random size between 192 and 384 a side.
+    size: (width, height) in pixels; None draws at a random size between 192 and 384 a side. scene: None takes either.
     """
     rng = random.Random(f"{split}/{seed}/{index}")
     canvas_size = (rng.randint(192, 384), rng.randint(192, 384))
-    return rng.choice((_bar_chart, _shape_scatter))(rng, size or canvas_size)
+    either = rng.choice(("bars", "shapes"))
+    return _SCENES[scene or either](rng, size or canvas_size)
 
 
 def quiz(split: Split, seed: int, count: int) -> Iterator[tuple[Image.Image, Question]]:
@@ -314,3 +316,6 @@ def _shape_questions(rng: random.Random, shapes: list[_Shape]) -> Iterator[Quest
     if len(shapes) > 1:
         sentence += f" The {from_top[0].colour} {from_top[0].name} is at the top."
     yield _describe(rng, sentence)
+
+
+_SCENES: dict[str, Callable[[random.Random, tuple[int, int]], Picture]] = {"bars": _bar_chart, "shapes": _shape_scatter}

@@ -127,9 +127,10 @@ def locate(section: BaseModelSection, override: str | None = None, *, network: b
         return BaseFiles(path.name, path.parent, gguf=path.name)
     if path.is_dir():
         return _folder(base, path)
-    if base.count("/") == 1 and revision:
+    like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    if like_hub_id and revision:
         return BaseFiles(base, _snapshot(base, revision, network=network), revision)
-    hint = " (a hub id needs model.revision in the recipe)" if base.count("/") == 1 else ""
+    hint = " (a hub id needs model.revision in the recipe)" if like_hub_id else ""
     raise BaseModelError(f"no base model at {base}: neither a folder, a .gguf file nor a bundled model{hint}")
 
 

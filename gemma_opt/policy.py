@@ -21,7 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
 from gemma_opt.errors import CorruptCheckpoint, PlanError
-from gemma_opt.recipe import Format, Gradual, LayerNorm, Magnitude, Recipe, RoleFormats, Rows, SparsityStage
+from gemma_opt.recipe import Format, Gradual, LayerNorm, Magnitude, Recipe, Rows, SparsityStage
 
 Kind = Literal["linear", "embedding", "conv", "norm", "parameter"]
 StoredFormat = Format | Literal["tied"]
@@ -292,10 +292,10 @@ def _kind(module: nn.Module, role: Role) -> Kind:
 
 
 def _misfit_formats(drawn: Plan, recipe: Recipe) -> Iterator[str]:
-    """Formats that differ from the default, for roles that no module has. (A default may stand in every recipe.)"""
+    """Quantized formats for roles that no module has. (Float formats may stand in any recipe: they ask for nothing.)"""
     present = {row.role for row in drawn.rows}
     for role, stored in recipe.quantization.roles:
-        if role not in present and stored != RoleFormats.model_fields[role].default:
+        if role not in present and stored == "int8":
             yield f"quantization.roles.{role} is {stored}, and the model has no such layer"
 
 

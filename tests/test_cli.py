@@ -31,7 +31,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "compress", "small-int8-pruned", "--out", str(out), "--questions", "18", "--set", "sparsity.0.ratio=0.3", "--json"
     )
     report = json.loads(result.stdout)
-    assert report["sparsity"] >= 0.3
+    sizes = [65_536, 32_768, 32_768, 65_536, 196_608, 196_608, 196_608]  # the linears of one text layer
+    assert report["sparsity"] >= sum(round(size * 0.3) for size in sizes) / sum(sizes)  # int8 rounds more to zero
     assert report["bytes"] < 0.6 * report["base_bytes"]
     assert report["base_quality"]["quiz"]["questions"] == 18
     assert report["quality"]["perplexity"] > 1

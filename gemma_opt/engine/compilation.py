@@ -51,11 +51,14 @@ class SelectiveCompiler:
         self.section = section
         clear_compilation_metrics()
         self._breaks_before = Counter(counters["graph_break"])
-        if section.targets:
-            torch._dynamo.config.suppress_errors = section.on_failure == "eager"
 
     def compile_modules_(self, model: nn.Module) -> None:
-        """Wrap the modules behind `mlp` and `vision` in place. Raises CompileError (E4001) if the model lacks them."""
+        """Wrap the modules behind `mlp` and `vision` in place, on the thread that will run them (torch's settings are its own).
+
+        Raises CompileError (E4001) if the model lacks them.
+        """
+        if self.section.targets:
+            torch._dynamo.config.suppress_errors = self.section.on_failure == "eager"
         for target in self.section.targets:
             for module in _modules_of(model, target):
                 module.compile()

@@ -54,7 +54,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set_title(
         "Gemma 3 270M: perplexity, × the dense model's", loc="left", fontsize=13, fontweight="bold", color=INK, pad=24
     )
-    where = f"two texts, {windows} windows of 512 tokens each, no kind calibrated on; blue: at most 1.15 ×, amber: 2 ×, beyond 10 × broken"
+    where = f"{windows} windows of 512 tokens from each text, of no kind calibrated on; blue to 1.15 ×, amber to 2 ×"
     axes.text(0, 1.012, where, transform=axes.transAxes, color=MUTED, fontsize=9, va="bottom")
     marks = [
         Line2D([], [], color=MUTED, marker=marker, linestyle="", label=text)

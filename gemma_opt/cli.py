@@ -11,8 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +21,7 @@ from gemma_opt.errors import GemmaOptError, InputError, UsageError
 
 if TYPE_CHECKING:
     from gemma_opt.build import BuildReport
+    from gemma_opt.evaluation.suite import Evaluation
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Gemma 3, compressed once and served fast."
@@ -119,6 +119,34 @@ def inspect(model: Model = DEFAULT_MODEL, device: Device = "cpu", as_json: AsJso
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or a packaged recipe's name.")],
+    model: Annotated[
+        str | None, typer.Option(help="gemma-3-270m, -1b, -4b, -12b, -27b, or a model's folder; by default the recipe's base.")
+    ] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="l40s, h100, 4090, …; repeatable; by default all known.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens a slot holds; by default the recipe's.")] = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="Requests at once; by default the recipe's.")] = None,
+    position: Annotated[int, typer.Option(min=0, help="Tokens in a slot for which speeds are given.")] = 512,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in quantization.default=int8.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Memory and bandwidth-bound speed of a recipe before anything is built or downloaded."""
+    from gemma_opt import sizing
+    from gemma_opt.recipe import Recipe
+
+    gpus = sizing.find_gpus(gpu or [])
+    sized = sizing.size_up(Recipe.load(recipe, tuple(overrides or ())), model, context=context, slots=slots, position=position)
+    if as_json:
+        _print_json(sized.to_json(gpus))
+        return
+    _console().print(sizing.memory_table(sized))
+    _console().print(sizing.speed_table(sized, gpus))
+
+
+@app.command()
 def evaluate(
     model: Model = DEFAULT_MODEL,
     charts: Annotated[int, typer.Option(min=0, help="One-word questions about unseen pictures.")] = 0,
@@ -130,36 +158,82 @@ def evaluate(
         list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Text file: its perplexity. Repeatable.")
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a perplexity window, <bos> included.")] = 512,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Also measure how far MODEL strays from this one (KL, top-1, greedy).")
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option(min=0, help="Greedy replies to compare with the reference's, from each text and about pictures.")
+    ] = 8,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="lm-eval tasks, as mmlu,chartqa (extra lm-eval; downloads them).")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder with lm-eval task files of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many documents of each lm-eval task.")] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what a model can do: picture questions (--charts) and perplexity (--text)."""
-    from gemma_opt.evaluation.perplexity import text_perplexity
-    from gemma_opt.evaluation.quiz import run_quiz
+    """Measure what a model can do: pictures (--charts), perplexity (--text), agreement (--reference), lm-eval (--tasks)."""
+    from gemma_opt.evaluation.suite import Measures
+    from gemma_opt.evaluation.suite import evaluate as measure
     from gemma_opt.loading import resolve
     from gemma_opt.service import Service
 
-    if not charts and not text:
-        raise UsageError("nothing to measure: give --charts N or --text FILE")
+    if not charts and not text and not tasks and not reference:
+        raise UsageError("nothing to measure: give --charts N, --text FILE, --reference MODEL or --tasks NAMES")
     texts = {path.name: path.read_text("utf-8") for path in text or ()}
-    service = Service.load(resolve(model), device)
-    quiz = None
-    try:
-        with _progress() as show:
-            if charts:
-                answered = partial(show, "charts")
-                quiz = run_quiz(service, charts, seed, blank=blank_images, progress=answered)
-        perplexity = {name: text_perplexity(service.ready, content, window=window) for name, content in texts.items()}
-    finally:
-        service.close()
+    measures = Measures(texts, window, None, charts, seed, blank_images, prompts)
+    with ExitStack() as opened:
+        service = opened.enter_context(closing(Service.load(resolve(model), device)))
+        compared = opened.enter_context(closing(Service.load(resolve(reference), device))) if reference else None
+        show = opened.enter_context(_progress())
+        found = measure(service, compared, measures, show)
+        scores: dict[str, dict[str, float]] = {}
+        if tasks:
+            from gemma_opt.evaluation.lm_eval_adapter import run_tasks
+
+            scores = run_tasks(service, tasks.split(","), limit=limit, include_path=include_path)
     if as_json:
-        _print_json({"model": model, "charts": quiz.to_json() if quiz else None, "perplexity": perplexity})
-        return
-    if quiz:
-        kinds = ", ".join(f"{kind} {rate:.0%}" for kind, rate in quiz.by_kind.items())
-        typer.echo(f"charts: {quiz.accuracy:.1%} of {quiz.questions} exact (chance {quiz.chance:.1%}): {kinds}")
-    for name, value in perplexity.items():
-        typer.echo(f"{name}: perplexity {value:.3f}")
+        _print_json({"model": model, "reference": reference, **found.to_json(), "tasks": scores})
+    else:
+        _print_evaluation(found, scores)
+
+
+@app.command()
+def report(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE…", help="Recipe files or packaged recipes' names.")],
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the page, the plot, the tables and built checkpoints.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="Base weights for all: a folder or a .gguf file; else the recipes' own.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Text file to measure perplexity on. Repeatable.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a perplexity window, <bos> included.")] = 512,
+    windows: Annotated[int | None, typer.Option(min=1, help="At most so many windows of each text.")] = None,
+    charts: Annotated[int, typer.Option(min=0, help="Questions about unseen pictures (models that see).")] = 0,
+    prompts: Annotated[int, typer.Option(min=0, help="Greedy replies compared, from each text and about pictures.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the decode speed test.")] = 5,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Tokens decoded in a round.")] = 64,
+    device: Device = None,
+) -> None:
+    """Compare recipes in one run: quality, size, speed. Writes report.html, frontier.png, report.md, report.json."""
+    from gemma_opt.evaluation.suite import Measures
+    from gemma_opt.recipe import Recipe
+    from gemma_opt.report.measure import SpeedTest, compare
+    from gemma_opt.report.page import write
+
+    chosen = [Recipe.load(recipe) for recipe in recipes]
+    measures = Measures({path.name: path.read_text("utf-8") for path in text or ()}, window, windows, charts, prompts=prompts)
+    with _progress() as show:
+        found = compare(
+            chosen, base, out / "checkpoints", measures, SpeedTest(new_tokens=new_tokens, rounds=rounds), device, show
+        )
+    for path in write(found, out):
+        typer.echo(path)
 
 
 @app.command()
@@ -240,6 +314,26 @@ def _figures(metrics: dict[str, int | float | str]) -> str:
     parts += [f"first token after {float(first):.3f} s"] if first is not None else []
     parts += [f"{float(rate):.1f} tok/s"] if rate is not None else []
     return f"[{'; '.join(parts)}; seed {metrics['seed']}]"
+
+
+def _print_evaluation(found: Evaluation, tasks: dict[str, dict[str, float]]) -> None:
+    if quiz := found.charts:
+        kinds = ", ".join(f"{kind} {rate:.0%}" for kind, rate in quiz.by_kind.items())
+        typer.echo(f"charts: {quiz.accuracy:.1%} of {quiz.questions} exact (chance {quiz.chance:.1%}): {kinds}")
+    for name, perplexity in found.perplexity.items():
+        typer.echo(f"{name}: perplexity {perplexity:.3f}")
+    for name, agreement in found.agreement.items():
+        typer.echo(
+            f"{name}: {agreement.ratio:.4f} × the reference's perplexity {agreement.reference_perplexity:.3f}, "
+            f"KL {agreement.kl:.5f} nats/token, top-1 agreement {agreement.top1:.2%} of {agreement.tokens:,} tokens"
+        )
+    if greedy := found.greedy:
+        typer.echo(
+            f"greedy replies to {greedy.prompts} prompts: {greedy.tokens:.1f} tokens equal before the first difference "
+            f"({greedy.share:.1%} of the reference's), {greedy.identical:.1%} identical"
+        )
+    for task, metrics in tasks.items():
+        typer.echo(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
 def _print_report(report: BuildReport) -> None:

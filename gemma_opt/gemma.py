@@ -34,13 +34,16 @@ from transformers import (
     GenerationConfig,
     GgufConfig,
     PreTrainedTokenizerBase,
+    SiglipVisionConfig,
 )
 from transformers.utils import logging as transformers_logging
 
 from gemma_opt.errors import BaseModelError
 from gemma_opt.recipe import BaseModelSection
+from gemma_opt.shapes import PICTURED, SIGLIP, TEXT
 
 GemmaModel = Gemma3ForConditionalGeneration | Gemma3ForCausalLM
+GemmaConfig = Gemma3Config | Gemma3TextConfig
 
 WEIGHTS_CACHE = Path(__file__).resolve().parent.parent / "weights_cache"  # beside the package: the checkout, or Cog's /src
 BUNDLED = {"small-gemma3": WEIGHTS_CACHE / "small-gemma3"}
@@ -205,6 +208,12 @@ def read_config(folder: Path) -> Gemma3Config | Gemma3TextConfig:
     if not isinstance(config, Gemma3Config | Gemma3TextConfig):
         raise BaseModelError(f"{folder} holds a {declared} model, not Gemma 3")
     return config
+
+
+def named_config(shape: str) -> GemmaConfig:
+    """The config of a published size (`shapes.TEXT`). KeyError for another name."""
+    text = Gemma3TextConfig(**TEXT[shape])
+    return Gemma3Config(text_config=text, vision_config=SiglipVisionConfig(**SIGLIP)) if shape in PICTURED else text
 
 
 def load_processing(folder: Path, config: Gemma3Config | Gemma3TextConfig) -> Processing:

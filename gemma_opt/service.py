@@ -176,6 +176,14 @@ class Service:
             generation = self._engine.submit(EngineRequest(encoded.token_ids, encoded.images, sampling))
             return Reply(generation, text, encoded, sampling.seed)
 
+    def encode(self, turns: Sequence[Turn]) -> EncodedPrompt:
+        """Token ids and pixels of a conversation, for `generate`. Raises InputError."""
+        return self._encoder.encode(turns)
+
+    def generate(self, prompt: EncodedPrompt, sampling: SamplingParams) -> Generation:
+        """The token ids of one answer, below the level of text: what evaluation and benchmarks need. Raises InputError."""
+        return self._engine.submit(EngineRequest(prompt.token_ids, prompt.images, sampling))
+
     def close(self) -> None:
         """Stop the engine."""
         self._engine.close()

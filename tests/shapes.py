@@ -6,43 +6,28 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
+from gemma_opt.gemma import named_config
 from gemma_opt.recipe import Recipe
 
 
 def gemma_4b() -> Gemma3ForConditionalGeneration:
     """google/gemma-3-4b-it on the meta device."""
-    text = Gemma3TextConfig(
-        vocab_size=262_208, hidden_size=2560, intermediate_size=10_240, num_hidden_layers=34, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=256, sliding_window=1024,
-    )  # fmt: skip
-    vision = SiglipVisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=896, patch_size=14,
-        vision_use_head=False,
-    )  # fmt: skip
     with torch.device("meta"):
-        return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
+        return Gemma3ForConditionalGeneration(named_config("gemma-3-4b"))  # type: ignore[arg-type]
 
 
 def gemma_1b() -> Gemma3ForCausalLM:
     """google/gemma-3-1b-it on the meta device."""
-    config = Gemma3TextConfig(
-        vocab_size=262_144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4,
-        num_key_value_heads=1, head_dim=256, sliding_window=512,
-    )  # fmt: skip
     with torch.device("meta"):
-        return Gemma3ForCausalLM(config)
+        return Gemma3ForCausalLM(named_config("gemma-3-1b"))  # type: ignore[arg-type]
 
 
 def gemma_270m() -> Gemma3ForCausalLM:
     """google/gemma-3-270m-it on the meta device."""
-    config = Gemma3TextConfig(
-        vocab_size=262_144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
-        num_key_value_heads=1, head_dim=256, sliding_window=512,
-    )  # fmt: skip
     with torch.device("meta"):
-        return Gemma3ForCausalLM(config)
+        return Gemma3ForCausalLM(named_config("gemma-3-270m"))  # type: ignore[arg-type]
 
 
 def small_text_model(seed: int = 0) -> Gemma3ForCausalLM:

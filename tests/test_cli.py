@@ -95,6 +95,24 @@ def test_evaluate_prints_charts_and_perplexity(built: Path, tmp_path: Path) -> N
     assert result["perplexity"]["text.txt"] > 1
 
 
+def test_plan_answers_without_weights() -> None:
+    sized = json.loads(run("plan", "gemma-3-4b-int8", "--gpu", "l40s", "--slots", "4", "--json").stdout)
+    assert sized["model"] == "gemma-3-4b"
+    assert sized["gpus"][0]["fits"] is True
+    assert sized["gpus"][0]["tokens_per_second_all_slots"] > sized["gpus"][0]["tokens_per_second"]
+    table = run("plan", "small-int8").stdout
+    assert "KV cache" in table
+    assert "L40S" in table
+
+
+def test_evaluate_with_a_reference(built: Path) -> None:
+    arguments = ("--reference", "small-bf16", "--charts", "3", "--prompts", "1")
+    result = json.loads(run("evaluate", str(built), *arguments, "--json").stdout)
+    assert 0 <= result["agreement"]["chart answers"]["kl"] < 5
+    assert result["greedy"]["prompts"] == 1
+    assert "KL " in run("evaluate", str(built), *arguments).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "start"),
     [
@@ -109,6 +127,9 @@ def test_evaluate_prints_charts_and_perplexity(built: Path, tmp_path: Path) -> N
         (("predict", "-i", "prompt=x", "-i", "image=@/nowhere.png"), 2, "error: E1010"),
         (("predict", "-i", "prompt=x", "-i", "image=@README.md"), 2, "error: E1010"),
         (("evaluate", "small-int8"), 2, "error: E2000"),
+        (("plan", "small-int8", "--gpu", "voodoo2"), 2, "error: E2000 no facts about voodoo2"),
+        (("plan", "small-int8", "--model", "gemma-9"), 2, "error: E2000 gemma-9 is neither"),
+        (("report", "small-int8", "small-int8", "--out", "{tmp}/x"), 2, "error: E2000 every recipe"),
         (("predict", "no/such/model", "-i", "prompt=x"), 2, "error: E2002"),
     ],
 )

@@ -10,12 +10,12 @@ import gemma_opt
 
 PACKAGE = Path(gemma_opt.__file__).parent
 TIERS = {
-    0: ("errors", "recipe", "charts"),
+    0: ("errors", "recipe", "charts", "shapes"),
     1: ("policy", "gemma", "fetching", "images", "prompt", "text"),
-    2: ("sparsity", "quantization", "inspection"),
+    2: ("sparsity", "quantization", "inspection", "sizing"),
     3: ("pipeline", "checkpoint", "engine"),
-    4: ("loading", "service", "request_inputs", "evaluation", "serving"),
-    5: ("build",),
+    4: ("environment", "loading", "service", "request_inputs", "evaluation", "serving"),
+    5: ("build", "report"),
     6: ("cli", "__main__"),
 }
 TIER_OF = {room: tier for tier, rooms in TIERS.items() for room in rooms}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import pydoc_data.topics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,48 +31,79 @@ def text_windows(token_ids: list[int], bos_id: int, window: int = WINDOW) -> Ite
         yield [bos_id, *token_ids[start : start + step]]
 
 
-@torch.inference_mode()
-def text_perplexity(ready: Ready, text: str, *, window: int = WINDOW, limit: int | None = None) -> float:
-    """exp(total negative log likelihood / predicted tokens) over a text, tokenised without special tokens.
-
-    limit: at most that many windows. Raises UsageError if the text fills no window.
-    """
+def windows_of(ready: Ready, text: str, window: int = WINDOW, limit: int | None = None) -> list[list[int]]:
+    """The windows of a text, tokenised without special tokens; at most `limit`. Raises UsageError if it fills none."""
     tokenizer = ready.processing.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=False)
     windows = list(text_windows(ids, tokenizer.get_vocab()["<bos>"], window))[:limit]
     if not windows:
         raise UsageError(f"the text has {len(ids)} tokens, fewer than one window of {window - 1}")
-    device = weights_device(ready.model)
-    total = 0.0
-    for chunk in windows:
-        tokens = torch.tensor([chunk], device=device)
-        total += _negative_log_likelihood(ready.model(tokens).logits[0, :-1], tokens[0, 1:])
-    return math.exp(total / (len(windows) * (window - 1)))
+    return windows
 
 
-@torch.inference_mode()
-def answer_perplexity(ready: Ready, pictures: int, seed: int) -> float:
-    """Perplexity of the right answers to every question about unseen pictures, given picture and question."""
+@dataclass(frozen=True)
+class Passage:
+    """Token ids of which the last `predicted` are scored, given all before them and the pictures."""
+
+    token_ids: list[int]
+    predicted: int
+    images: tuple[Tensor, ...] = ()
+
+
+def text_passages(ready: Ready, text: str, window: int = WINDOW, limit: int | None = None) -> list[Passage]:
+    """The windows of a text, all but `<bos>` predicted. Raises UsageError if the text fills none."""
+    return [Passage(chunk, len(chunk) - 1) for chunk in windows_of(ready, text, window, limit)]
+
+
+def answer_passages(ready: Ready, pictures: int, seed: int) -> Iterator[Passage]:
+    """The right answers to every question about unseen pictures, given picture and question."""
     encoder = PromptEncoder(ready.processing, ready.context)
     end = ready.processing.tokenizer.encode("<end_of_turn>", add_special_tokens=False)
-    device = weights_device(ready.model)
-    image_token = ready.model.config.image_token_id
-    total, count = 0.0, 0
     for index in range(pictures):
         picture = charts.draw("test", seed, index)
         for question in picture.questions:
             prompt = encoder.encode(single_turn(question.text, "", [picture.image]))
             answer = ready.processing.tokenizer.encode(question.answer, add_special_tokens=False) + end
-            ids = torch.tensor([[*prompt.token_ids, *answer]], device=device)
-            pixels = torch.stack(prompt.images).to(device, ready.model.dtype)
-            output = ready.model(
-                ids, pixel_values=pixels, token_type_ids=(ids == image_token).long(), logits_to_keep=len(answer) + 1
-            )
-            total += _negative_log_likelihood(output.logits[0, :-1], ids[0, -len(answer) :])
-            count += len(answer)
+            yield Passage([*prompt.token_ids, *answer], len(answer), prompt.images)
+
+
+@torch.inference_mode()
+def prediction_logits(ready: Ready, passage: Passage) -> Tensor:
+    """Logits [predicted, vocabulary] for the predicted tokens of a passage."""
+    model = ready.model
+    ids = torch.tensor([passage.token_ids], device=weights_device(model))
+    inputs: dict[str, Tensor] = {}
+    if passage.images:
+        inputs["pixel_values"] = torch.stack(passage.images).to(ids.device, model.dtype)
+        inputs["token_type_ids"] = (ids == model.config.image_token_id).long()
+    return model(ids, logits_to_keep=passage.predicted + 1, **inputs).logits[0, :-1]
+
+
+def perplexity(ready: Ready, passages: Iterable[Passage]) -> float:
+    """exp(total negative log likelihood / predicted tokens). At least one passage."""
+    total, count = 0.0, 0
+    for passage in passages:
+        logits = prediction_logits(ready, passage)
+        total += negative_log_likelihood(logits, targets_of(passage, logits.device))
+        count += passage.predicted
     return math.exp(total / count)
 
 
-def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
+def text_perplexity(ready: Ready, text: str, *, window: int = WINDOW, limit: int | None = None) -> float:
+    """Perplexity of a text, tokenised without special tokens. Raises UsageError if it fills no window."""
+    return perplexity(ready, text_passages(ready, text, window, limit))
+
+
+def answer_perplexity(ready: Ready, pictures: int, seed: int) -> float:
+    """Perplexity of the right answers to every question about unseen pictures, given picture and question."""
+    return perplexity(ready, answer_passages(ready, pictures, seed))
+
+
+def targets_of(passage: Passage, device: torch.device) -> Tensor:
+    """The predicted tokens of a passage, [predicted]."""
+    return torch.tensor(passage.token_ids[-passage.predicted :], device=device)
+
+
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
     """Sum over positions, in nats. logits: [positions, vocabulary]; targets: [positions]."""
     return float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))

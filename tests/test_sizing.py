@@ -1,0 +1,163 @@
+"""The planner: against the arithmetic worked out by hand for the 4B, and against the bytes torch really allocates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import fresh_model
+from torch import nn
+from transformers import StaticCache
+
+from gemma_opt import gemma
+from gemma_opt.errors import UsageError
+from gemma_opt.pipeline import compress
+from gemma_opt.policy import Role
+from gemma_opt.recipe import Recipe
+from gemma_opt.shapes import TEXT, shape_name
+from gemma_opt.sizing import GPUS, KvCache, Sizing, find_gpus, size_up
+from tests.shapes import recipe
+
+INT8 = Recipe.load("gemma-3-4b-int8")
+BF16 = Recipe.load("gemma-3-4b-bf16")
+
+
+def allocated_bytes(model: nn.Module) -> int:
+    """Bytes of all distinct parameters and of the quantized layers' buffers; RoPE tables and position ids are no weights."""
+    own = [buffer for name, buffer in model.named_buffers() if "rotary" not in name and "position_ids" not in name]
+    tensors = [*model.parameters(), *(buffer for buffer in own if buffer.ndim)]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+# The published shapes
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        ("gemma-3-270m", 268_098_176),
+        ("gemma-3-1b", 999_885_952),
+        ("gemma-3-4b", 4_300_079_472),
+        ("gemma-3-12b", 12_187_325_040),
+        ("gemma-3-27b", 27_432_406_640),
+    ],
+)
+def test_shapes_have_the_published_parameter_counts(shape: str, parameters: int) -> None:
+    sized = size_up(recipe(dtype="bfloat16"), shape)
+    assert sum(part.parameters for part in sized.weights) == parameters
+    assert sized.resident_bytes == 2 * parameters
+
+
+def test_names_and_hub_ids_mean_shapes() -> None:
+    assert shape_name("google/gemma-3-4b-it") == shape_name("gemma-3-4b") == "gemma-3-4b"
+    assert shape_name("google/gemma-3-27b-pt") == "gemma-3-27b"
+    assert shape_name("google/gemma-2-2b-it") is None
+    assert shape_name("small-gemma3") is None
+
+
+# The 4B, figures from the project's own arithmetic
+
+
+def test_the_4b_in_bf16() -> None:
+    sized = size_up(BF16)
+    assert sized.model == "gemma-3-4b"
+    assert sized.resident_bytes == pytest.approx(8.60e9, rel=1e-3)
+    assert sized.read_bytes == pytest.approx(7.76e9, rel=1e-3)
+    speeds = {name: sized.tokens_per_second(GPUS[name]) for name in ("l40s", "h100", "h200")}
+    assert speeds == pytest.approx({"l40s": 110, "h100": 428, "h200": 613}, abs=0.6)
+
+
+def test_the_4b_in_int8() -> None:
+    sized = size_up(INT8)
+    assert sized.resident_bytes == pytest.approx(4.98e9, rel=2e-3)
+    assert sized.read_bytes == pytest.approx(4.55e9, rel=2e-3)
+    speeds = {name: sized.tokens_per_second(GPUS[name]) for name in ("l40s", "h100", "h200")}
+    assert speeds == pytest.approx({"l40s": 187, "h100": 724, "h200": 1038}, abs=1)
+
+
+def test_the_4b_kv_cache_grows_slowly_beyond_the_window() -> None:
+    kv = size_up(INT8).kv
+    assert kv == KvCache(window=1024, token_bytes=136 * 1024, late_token_bytes=20 * 1024)
+    assert kv.bytes_at(0) == 0
+    assert kv.bytes_at(1024) == 1024 * 136 * 1024
+    assert kv.bytes_at(8192) == 1024 * 136 * 1024 + (8192 - 1024) * 20 * 1024
+    assert size_up(INT8, context=750).kv_bytes == pytest.approx(0.104e9, rel=5e-3)
+
+
+def test_the_4b_at_750_tokens_peaks_below_what_the_bf16_table_allows() -> None:
+    """4.6 GB is the goal with a shared int8 table; the bf16 table of today's recipe costs 0.67 GB more."""
+    assert size_up(INT8, context=750).total_bytes - 0.671e9 < 4.6e9
+
+
+def test_slots_share_the_weights_and_not_the_cache() -> None:
+    one, eight = size_up(INT8, slots=1), size_up(INT8, slots=8)
+    assert eight.kv_bytes == 8 * one.kv_bytes
+    assert eight.resident_bytes == one.resident_bytes
+    gpu = GPUS["l40s"]
+    alone, together = one.tokens_per_second(gpu), eight.tokens_per_second(gpu, 8)
+    assert 6 * alone < together < 8 * alone
+    assert together == pytest.approx(8 * 864e9 / (eight.read_bytes + 8 * eight.kv.bytes_at(512)))
+
+
+# Bytes that are really allocated
+
+
+@pytest.mark.parametrize("name", ["small-bf16", "small-int8", "small-int8-pruned"])
+def test_weights_are_the_bytes_allocated(name: str) -> None:
+    chosen, model = Recipe.load(name), fresh_model()
+    compress(model, chosen)
+    assert size_up(chosen).resident_bytes == allocated_bytes(model)
+
+
+def test_stored_bytes_are_the_plans() -> None:
+    sized = size_up(Recipe.load("small-int8"))
+    assert sized.stored_bytes == sum(part.stored_bytes for part in sized.weights)
+    assert sized.stored_bytes < sized.resident_bytes  # the table: bf16 in the file, float32 in memory
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 128, 129, 500])
+def test_the_kv_cache_is_what_transformers_allocates(tokens: int) -> None:
+    config = gemma.read_config(gemma.BUNDLED["small-gemma3"]).get_text_config()
+    cache = StaticCache(config=config, max_cache_len=tokens)
+    heads, width = config.num_key_value_heads, config.head_dim
+    cache.early_initialization(1, heads, width, torch.float32, torch.device("cpu"))
+    real = sum(getattr(layer, name).nbytes for layer in cache.layers for name in ("keys", "values"))
+    assert size_up(Recipe.load("small-int8"), context=tokens).kv_bytes == real
+
+
+def test_embedding_is_read_one_row_at_a_time_and_the_head_whole() -> None:
+    parts = {part.role: part for part in size_up(recipe(dtype="bfloat16"), "gemma-3-270m").weights}
+    assert parts[Role.EMBEDDING].read_bytes == 640 * 2
+    assert parts[Role.HEAD].read_bytes == parts[Role.EMBEDDING].resident_bytes == 262_144 * 640 * 2
+    assert parts[Role.HEAD].resident_bytes == 0
+    assert Role.VISION not in parts
+
+
+def test_pictures_are_not_read_again_for_every_token() -> None:
+    parts = [part for part in size_up(INT8).weights if part.role in ("vision", "projector")]
+    assert parts
+    assert all(part.read_bytes == 0 < part.resident_bytes for part in parts)
+
+
+# Words
+
+
+def test_json_answers_for_the_asked_gpus() -> None:
+    sized = size_up(INT8, slots=4)
+    answer = sized.to_json(find_gpus(["L40S", "t4"]))
+    assert [gpu["name"] for gpu in answer["gpus"]] == ["L40S", "T4"]  # type: ignore[index, union-attr]
+    assert answer["weight_bytes_read_per_token"] == sized.read_bytes
+    assert answer["total_bytes"] == sized.resident_bytes + sized.kv_bytes + sized.workspace_bytes
+
+
+def test_a_27b_does_not_fit_a_24_gb_card() -> None:
+    sized: Sizing = size_up(recipe(dtype="bfloat16", default="int8"), "gemma-3-27b")
+    fits = {gpu["name"]: gpu["fits"] for gpu in sized.to_json(find_gpus([]))["gpus"]}  # type: ignore[union-attr]
+    assert not fits["RTX 4090"]
+    assert fits["H100 SXM"]
+
+
+def test_unknown_things_are_named_with_what_is_known() -> None:
+    with pytest.raises(UsageError, match=r"no facts about voodoo2; known GPUs: t4, .*h200"):
+        find_gpus(["voodoo2"])
+    with pytest.raises(UsageError, match="published size: " + ", ".join(TEXT)):
+        size_up(INT8, "gemma-9")

@@ -11,7 +11,7 @@ import gemma_opt
 PACKAGE = Path(gemma_opt.__file__).parent
 TIERS = {
     0: ("errors", "recipe", "charts"),
-    1: ("policy", "gemma", "images", "prompt", "text"),
+    1: ("policy", "gemma", "images", "prompt", "text", "calibration"),
     2: ("sparsity", "quantization", "inspection"),
     3: ("pipeline", "checkpoint", "engine"),
     4: ("loading", "service", "request_inputs", "evaluation", "serving"),

@@ -21,6 +21,7 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 DOCSTRING_PACKAGES = ("numpy", "sympy", "networkx", "torch", "transformers", "PIL", "pydantic", "mpmath", "werkzeug")
 CODE_PACKAGES = ("werkzeug", "rich", "pip", "networkx", "jinja2", "pygments", "httpx", "typer")
+MAX_KIND = 400_000  # characters of each kind: about 200 windows of 512 tokens
 MIN_DOCSTRING = 300  # characters: shorter ones are labels, not prose
 
 
@@ -41,7 +42,7 @@ def calibration(seed: int = 0) -> dict[str, str]:
     for name, pieces in kinds.items():
         listed = sorted(set(pieces))
         random.Random(f"{seed}/{name}").shuffle(listed)
-        shuffled[name] = "\n\n".join(listed)[:1_500_000]
+        shuffled[name] = "\n\n".join(listed)[:MAX_KIND]
     return shuffled
 
 
@@ -69,13 +70,15 @@ def _licences() -> str:
 
 def _changelog() -> str:
     folder = STDLIB / "idlelib"
-    return "\n\n".join((folder / name).read_text("utf-8", errors="replace") for name in ("NEWS.txt", "NEWS2x.txt", "HISTORY.txt"))
+    return "\n\n".join(
+        (folder / name).read_text("utf-8", errors="replace") for name in ("NEWS.txt", "NEWS2x.txt", "HISTORY.txt")
+    )
 
 
 def _sources(packages: tuple[str, ...]) -> Iterator[str]:
     for package in packages:
         files = [file for file in (PACKAGES / package).rglob("*.py") if "test" not in str(file.relative_to(PACKAGES))]
-        for file in random.Random(package).sample(sorted(files), min(len(files), 150)):
+        for file in random.Random(package).sample(sorted(files), min(len(files), 60)):
             text = file.read_text("utf-8", errors="replace")
             if len(text) > 1000:
                 yield text

@@ -54,8 +54,8 @@ def draw_samples(section: Calibration, processing: Processing) -> tuple[Sample, 
     if sum(taken) < section.windows:
         held = ", ".join(f"{source}: {len(offer)}" for source, offer in zip(section.source, offers, strict=True))
         raise RecipeError(
-            f"calibration: {section.windows} windows of {section.window_tokens} tokens are asked, the sources hold {sum(taken)} "
-            f"({held}). Give more text, or set calibration.windows lower"
+            f"calibration: {section.windows} windows of {section.window_tokens} tokens are asked, the sources hold "
+            f"{sum(taken)} ({held}). Give more text, or set calibration.windows lower"
         )
     return tuple(draw() for offer, count in zip(offers, taken, strict=True) for draw in offer[:count])
 

@@ -7,9 +7,8 @@ received. Memory: hidden states of all samples and the moments of one layer, nev
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -42,31 +41,29 @@ class Moments:
         return (self.square * self.tokens).sqrt()
 
 
-@dataclass
-class _Stream:
-    """One version of the model: its layer, and the hidden states that enter it, one [1, tokens, hidden] a sample."""
-
-    layer: nn.Module
-    states: list[Tensor]
+Arguments = Mapping[str, object]
 
 
 class Block:
     """One decoder layer with everything that enters it. `name` is its path in the model, `layer` the live module."""
 
-    def __init__(self, name: str, streams: list[_Stream], arguments: list[Mapping[str, object]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        layer: nn.Module,
+        states: list[Tensor],
+        arguments: list[Arguments],
+        dense: list[dict[str, Tensor]] | None,
+    ) -> None:
         self.name = name
-        self._streams = streams
+        self.layer = layer
+        self._states = states
         self._arguments = arguments
-
-    @property
-    def layer(self) -> nn.Module:
-        return self._streams[0].layer
+        self._dense = dense
 
     def steps(self, names: Sequence[str]) -> list[list[str]]:
         """The named linears of this layer, grouped by the input they share, in the order in which they run."""
-        own = [name for name in names if name.startswith(f"{self.name}.")]
-        groups = [[name for name in own if role_of(name) in step] for step in STEPS]
-        return [group for group in groups if group]
+        return _steps(self.name, names)
 
     @torch.no_grad()
     def moments(self, names: Sequence[str], *, full: bool = True) -> dict[str, Moments]:
@@ -75,42 +72,53 @@ class Block:
         full: the Hessian too, and the cross moments where the walk follows the dense model.
         """
         groups = self.steps(names)
-        leaders = [group[0].removeprefix(f"{self.name}.") for group in groups]
-        sums = {leader: _Sums(full) for leader in leaders}
-        for index in range(len(self._arguments)):
-            seen = [self._inputs(stream, index, leaders) for stream in self._streams]
-            for leader in leaders:
-                sums[leader].add(*(inputs[leader] for inputs in seen))
-        return {name: sums[leader].mean() for leader, group in zip(leaders, groups, strict=True) for name in group}
+        sums = {group[0]: _Sums(full) for group in groups}
+        for index, (state, arguments) in enumerate(zip(self._states, self._arguments, strict=True)):
+            seen = _inputs(self, state, arguments, list(sums))
+            for leader, x in seen.items():
+                sums[leader].add(x, self._dense[index][leader] if self._dense and full else None)
+        means = {leader: sums[leader].mean() for leader in sums}
+        return {name: means[group[0]] for group in groups for name in group}
 
     @torch.no_grad()
     def advance(self) -> None:
         """Run the layer as it now is; its outputs replace the hidden states (they enter the next layer)."""
-        for stream in self._streams:
-            for index, state in enumerate(stream.states):
-                stream.states[index] = stream.layer(state, **self._arguments[index])
+        for index, (state, arguments) in enumerate(zip(self._states, self._arguments, strict=True)):
+            self._states[index] = self.layer(state, **arguments)
 
-    def _inputs(self, stream: _Stream, index: int, leaders: list[str]) -> dict[str, Tensor]:
-        """What the named linears of one stream receive for one sample, [tokens, in]. Runs no further than the last of them."""
-        seen: dict[str, Tensor] = {}
 
-        def keep(leader: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                seen[leader] = inputs[0].reshape(-1, inputs[0].shape[-1])
-                if len(seen) == len(leaders):
-                    raise _EnoughSeen
+def _steps(layer_name: str, names: Sequence[str]) -> list[list[str]]:
+    own = [name for name in names if name.startswith(f"{layer_name}.")]
+    groups = [[name for name in own if role_of(name) in step] for step in STEPS]
+    return [group for group in groups if group]
 
-            return hook
 
-        handles = [stream.layer.get_submodule(leader).register_forward_pre_hook(keep(leader)) for leader in leaders]
-        try:
-            stream.layer(stream.states[index], **self._arguments[index])
-        except _EnoughSeen:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
+def _inputs(block: Block, state: Tensor, arguments: Arguments, names: list[str]) -> dict[str, Tensor]:
+    """What the named linears receive for one sample, [tokens, in]. Runs no further than the last of them."""
+    with _noted(block.name, block.layer, names) as seen, suppress(_EnoughSeen):
+        block.layer(state, **arguments)
+    return seen
+
+
+@contextmanager
+def _noted(layer_name: str, layer: nn.Module, names: list[str], *, stop: bool = True) -> Iterator[dict[str, Tensor]]:
+    """Note the inputs of the named linears of a layer. stop: raise _EnoughSeen once all are known."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[name] = inputs[0].reshape(-1, inputs[0].shape[-1])
+            if stop and len(seen) == len(names):
+                raise _EnoughSeen
+
+        return hook
+
+    handles = [layer.get_submodule(name.removeprefix(f"{layer_name}.")).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _EnoughSeen(Exception):
@@ -142,6 +150,7 @@ class _Sums:
             self._cross.addmm_(dense.float().T, x)
 
     def mean(self) -> Moments:
+        """Ends the summing: the sums are turned into means in place."""
         if self._hessian is None:
             return Moments(torch.as_tensor(self._square) / self._tokens, None, None, self._tokens)
         hessian = self._hessian.div_(self._tokens)
@@ -149,21 +158,34 @@ class _Sums:
         return Moments(hessian.diagonal().clone(), hessian, cross, self._tokens)
 
 
-def walk_layers(model: GemmaModel, samples: Sequence[Sample], *, follow_dense: bool = False) -> Iterator[Block]:
+def walk_layers(model: GemmaModel, samples: Sequence[Sample], *, follow_dense: Sequence[str] = ()) -> Iterator[Block]:
     """Every decoder layer in turn. Between two of them the caller measures, changes the layer and calls `advance`.
 
-    follow_dense: run the unchanged model beside it, for cross moments; costs a second set of hidden states and one more
-    layer's weights. Samples are sent through the vision tower and the embedding once.
+    follow_dense: linears whose inputs in the unchanged model are wanted too, for cross moments; costs a second set of hidden
+    states, one layer's inputs, and one more pass. Samples are sent through the vision tower and the embedding once.
     """
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     states, arguments = _record(model, samples)
     dense_states = list(states)
     for index, layer in enumerate(decoder.layers):
-        streams = [_Stream(layer, states)]
-        if follow_dense:
-            streams.append(_Stream(copy.deepcopy(layer), dense_states))
-        yield Block(f"{prefix}.layers.{index}", streams, arguments[index])
+        name = f"{prefix}.layers.{index}"
+        dense = _dense_pass_(name, layer, dense_states, arguments[index], follow_dense) if follow_dense else None
+        yield Block(name, layer, states, arguments[index], dense)
+
+
+@torch.no_grad()
+def _dense_pass_(
+    name: str, layer: nn.Module, states: list[Tensor], arguments: list[Arguments], names: Sequence[str]
+) -> list[dict[str, Tensor]]:
+    """Run a layer before anything in it is changed. Returns its linears' inputs; `states` become its outputs."""
+    leaders = [group[0] for group in _steps(name, names)]
+    noted: list[dict[str, Tensor]] = []
+    for index, state in enumerate(states):
+        with _noted(name, layer, leaders, stop=False) as seen:
+            states[index] = layer(state, **arguments[index])
+        noted.append(seen)
+    return noted
 
 
 class _Recorder(nn.Module):
@@ -172,7 +194,7 @@ class _Recorder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.states: list[Tensor] = []
-        self.arguments: list[Mapping[str, object]] = []
+        self.arguments: list[Arguments] = []
 
     def forward(self, hidden_states: Tensor, **arguments: object) -> Tensor:
         self.states.append(hidden_states)
@@ -181,7 +203,7 @@ class _Recorder(nn.Module):
 
 
 @torch.no_grad()
-def _record(model: GemmaModel, samples: Sequence[Sample]) -> tuple[list[Tensor], list[list[Mapping[str, object]]]]:
+def _record(model: GemmaModel, samples: Sequence[Sample]) -> tuple[list[Tensor], list[list[Arguments]]]:
     """The hidden states that enter the first layer, and for every layer the other arguments of every sample."""
     with _recorders(model) as recorders:
         for sample in samples:
@@ -203,7 +225,7 @@ def _recorders(model: GemmaModel) -> Iterator[list[_Recorder]]:
         decoder.layers = layers
 
 
-def _share_last_(arguments: list[Mapping[str, object]]) -> None:
+def _share_last_(arguments: list[Arguments]) -> None:
     """Let a sample share masks and rotary tables with the one before it, where they are equal."""
     if len(arguments) > 1 and _equal(*arguments[-2:]):
         arguments[-1] = arguments[-2]

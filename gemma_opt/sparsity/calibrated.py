@@ -111,7 +111,7 @@ def _layer_by_layer_(
     """Measure, change and pass on every decoder layer. measured: the linears that `change` asks about; None: all planned."""
     model, data = _need(run)
     names, done = list(run.weights) if measured is None else measured, 0
-    for block in walk_layers(model, data.samples, follow_dense=follow_dense):
+    for block in walk_layers(model, data.samples, follow_dense=names if follow_dense else ()):
         finished = data.store.load(f"{stage.method}.{block.name}")
         if stage.order == "one_shot":
             moments = {} if finished else block.moments(names, full=full)

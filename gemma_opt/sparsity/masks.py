@@ -51,8 +51,8 @@ def n_m(score: Tensor, keep: int, group: int) -> Tensor:
 def global_counts(scores: Callable[[], Iterable[Tensor]], count: int) -> list[int]:
     """How many of the `count` smallest scores of all tensors together lie in each; ties fall to the earlier.
 
-    scores: called three times, so that only one tensor at a time need exist; float32, ≥ 0, no NaN. Exact: such floats are ordered
-    as their bit patterns are, so two histograms of 16 bits find the threshold.
+    scores: called three times, so that only one tensor at a time need exist; float32, ≥ 0, no NaN. Exact: such floats are
+    ordered as their bit patterns are, so two histograms of 16 bits find the threshold.
     """
 
     def patterns() -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from gemma_opt.errors import WeightsError
 from gemma_opt.sparsity import masks
 from gemma_opt.sparsity.quadratic import Quadratic
 
-BLOCK = 128  # columns whose masks are chosen together; also the width of the lazy update
+BLOCK = 32  # columns whose masks are chosen together; wider ones choose before the updates that change what is worth keeping
 
 
 def sparsegpt(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gemma_opt.errors import RecipeError, RecipeNotFound
 
@@ -88,7 +88,6 @@ class _Stage(_Section):
     needs_data: ClassVar[bool] = False
 
     ratio: Ratio
-    roles: tuple[PrunableRole, ...] = Field(default=TEXT_ROLES, min_length=1)
 
     @model_validator(mode="after")
     def _ratio_is_the_patterns(self) -> _Stage:
@@ -97,14 +96,20 @@ class _Stage(_Section):
             raise ValueError(f"the pattern keeps {shape[0]} of every {shape[1]} weights: its ratio is not {self.ratio}")
         return self
 
-    @model_validator(mode="after")
-    def _roles_once(self) -> _Stage:
-        if len(set(self.roles)) != len(self.roles):
-            raise ValueError("a role is named twice")
-        return self
+
+def _once(roles: tuple[PrunableRole, ...]) -> tuple[PrunableRole, ...]:
+    if len(set(roles)) != len(roles):
+        raise ValueError("a role is named twice")
+    return roles
 
 
-class Magnitude(_Stage):
+class _WeightStage(_Stage):
+    """A stage that looks at weights alone."""
+
+    roles: Annotated[tuple[PrunableRole, ...], AfterValidator(_once)] = Field(default=TEXT_ROLES, min_length=1)
+
+
+class Magnitude(_WeightStage):
     """Zero the smallest |W|: an exact share of every layer, of every row, of all layers together, or N of every M kept."""
 
     method: Literal["magnitude"]
@@ -118,7 +123,7 @@ class Schedule(_Section):
     steps: int = Field(ge=1, le=1000)
 
 
-class Gradual(_Stage):
+class Gradual(_WeightStage):
     """Magnitude pruning in steps. Without training between the steps it ends where one shot ends."""
 
     method: Literal["gradual"]
@@ -126,13 +131,13 @@ class Gradual(_Stage):
     schedule: Schedule
 
 
-class LayerNorm(_Stage):
+class LayerNorm(_WeightStage):
     """Layers with small weights give up more: shares in inverse proportion to each layer's RMS weight."""
 
     method: Literal["layer_norm"]
 
 
-class Rows(_Stage):
+class Rows(_WeightStage):
     """Zero whole output rows of the smallest L2 norm; shapes stay. Measured to destroy Gemma 3: a reference, not advice."""
 
     method: Literal["rows"]
@@ -153,7 +158,7 @@ class _CalibratedStage(_Stage):
 
     needs_data: ClassVar[bool] = True
 
-    roles: tuple[TextRole, ...] = Field(default=TEXT_ROLES, min_length=1)
+    roles: Annotated[tuple[TextRole, ...], AfterValidator(_once)] = Field(default=TEXT_ROLES, min_length=1)
     allocation: Literal["uniform", "sensitivity"] = "uniform"
     order: Order = "sequential"
 

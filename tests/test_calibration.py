@@ -11,7 +11,7 @@ from models import EXAMPLE, chart, fresh_model, processing, shared_model
 from torch import Tensor, nn
 
 from gemma_opt import gemma
-from gemma_opt.calibration import Sample, Store, draw_samples, measure_sensitivity, sources_identity, walk_layers
+from gemma_opt.calibration import Moments, Sample, Store, draw_samples, measure_sensitivity, sources_identity, walk_layers
 from gemma_opt.errors import RecipeError
 from gemma_opt.evaluation.quiz import data_uri
 from gemma_opt.recipe import Calibration
@@ -81,15 +81,15 @@ def test_the_diagonal_alone_is_the_hessians() -> None:
 def test_later_layers_see_what_was_changed_before_them_and_the_dense_stream_does_not() -> None:
     model, dense, samples = small_text_model(), small_text_model(), token_samples()
     name = "model.layers.1.mlp.up_proj"
-    for index, block in enumerate(walk_layers(model, samples, follow_dense=[name])):
-        if index == 1:
-            moments = block.moments([name])[name]
+    found: dict[str, Moments] = {}
+    for block in walk_layers(model, samples, follow_dense=[name]):
+        found |= block.moments([name])
         block.layer.get_submodule("mlp.up_proj").weight.data.mul_(0.5)  # type: ignore[union-attr]
         block.advance()
     model.get_submodule(name).weight.data.mul_(2)  # type: ignore[union-attr]
     x, x0 = plain_inputs(model, samples, name), plain_inputs(dense, samples, name)
-    torch.testing.assert_close(moments.hessian, x.T @ x / len(x))
-    torch.testing.assert_close(moments.cross, x0.T @ x / len(x))
+    torch.testing.assert_close(found[name].hessian, x.T @ x / len(x))
+    torch.testing.assert_close(found[name].cross, x0.T @ x / len(x))
 
 
 def test_pictures_go_through_the_models_own_masks() -> None:
@@ -180,7 +180,7 @@ def test_lines_hold_pictures_messages_and_answers(tmp_path: Path) -> None:
     file.write_text("\n".join(map(json.dumps, lines)))
     samples = draw_samples(section(str(file), windows=3, window_tokens=256), processing())
     assert sorted(sample.images is not None for sample in samples) == [False, True, True]
-    texts = [processing().tokenizer.decode(sample.token_ids[0]) for sample in samples]
+    texts = [str(processing().tokenizer.decode(sample.token_ids[0])) for sample in samples]
     assert sum(text.endswith("red") for text in texts) == 1
     assert sum(text.endswith("Good day") for text in texts) == 1
 

@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
@@ -107,10 +108,11 @@ def _offer(source: str, number: int, section: Calibration, processing: Processin
 
 def _text_draws(text: str, section: Calibration, processing: Processing) -> list[Draw]:
     tokenizer, step = processing.tokenizer, section.window_tokens - 1
+    bos = cast(int, tokenizer.bos_token_id)
     ids = tokenizer.encode(text, add_special_tokens=False)
 
     def draw(start: int) -> Draw:
-        return lambda: _sample([tokenizer.bos_token_id, *ids[start : start + step]], (), section)
+        return lambda: _sample([bos, *ids[start : start + step]], (), section)
 
     return [draw(start) for start in range(0, len(ids) - step + 1, step)]
 

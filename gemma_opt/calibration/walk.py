@@ -7,9 +7,10 @@ received. Memory: hidden states of all samples and the moments of one layer, nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ def _inputs(block: Block, state: Tensor, arguments: Arguments, names: list[str])
 
 
 @contextmanager
-def _noted(layer_name: str, layer: nn.Module, names: list[str], *, stop: bool = True) -> Iterator[dict[str, Tensor]]:
+def _noted(layer_name: str, layer: nn.Module, names: list[str], *, stop: bool = True) -> Generator[dict[str, Tensor]]:
     """Note the inputs of the named linears of a layer. stop: raise _EnoughSeen once all are known."""
     seen: dict[str, Tensor] = {}
 
@@ -168,7 +169,7 @@ def walk_layers(model: GemmaModel, samples: Sequence[Sample], *, follow_dense: S
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     states, arguments = _record(model, samples)
     dense_states = list(states)
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(_layers(model)):
         name = f"{prefix}.layers.{index}"
         dense = _dense_pass_(name, layer, dense_states, arguments[index], follow_dense) if follow_dense else None
         yield Block(name, layer, states, arguments[index], dense)
@@ -186,6 +187,11 @@ def _dense_pass_(
             states[index] = layer(state, **arguments[index])
         noted.append(seen)
     return noted
+
+
+def _layers(model: GemmaModel) -> nn.ModuleList:
+    """The decoder layers of the language model, in order."""
+    return cast(nn.ModuleList, model.get_decoder().layers)
 
 
 class _Recorder(nn.Module):
@@ -214,9 +220,9 @@ def _record(model: GemmaModel, samples: Sequence[Sample]) -> tuple[list[Tensor],
 
 
 @contextmanager
-def _recorders(model: GemmaModel) -> Iterator[list[_Recorder]]:
+def _recorders(model: GemmaModel) -> Generator[list[_Recorder]]:
     decoder = model.get_decoder()
-    layers = decoder.layers
+    layers = _layers(model)
     recorders = [_Recorder() for _ in layers]
     decoder.layers = nn.ModuleList(recorders)
     try:
@@ -243,7 +249,7 @@ def _equal(one: object, other: object) -> bool:
 
 def model_inputs(model: GemmaModel, sample: Sample) -> dict[str, Tensor]:
     """A sample as keyword arguments of the model's forward."""
-    embedding = model.get_input_embeddings().weight
+    embedding = cast(Tensor, model.get_input_embeddings().weight)
     ids = sample.token_ids.to(embedding.device)
     if sample.images is None:
         return {"input_ids": ids}

@@ -95,7 +95,7 @@ def _(stage: Compact, run: _Run) -> dict[str, _Drop]:
     _layer_by_layer_(
         stage, run, change, measured=down_names, full=stage.compensate, follow_dense=stage.compensate and stage.match == "dense"
     )
-    _narrow_config_(run, keep)
+    _need(run)[0].config.get_text_config().intermediate_size = keep  # what rebuilds the model from its checkpoint
     return {name: _Drop(stage.ratio, size // width * (width - keep)) for name, size in sizes.items()}
 
 
@@ -191,11 +191,3 @@ def _hessian(moments: Moments) -> Tensor:
 
 def _merge(parts: Sequence[NewWeights]) -> NewWeights:
     return {name: value for part in parts for name, value in part.items()}
-
-
-def _narrow_config_(run: _Run, keep: int) -> None:
-    """The config, and the MLP modules that repeat it, follow the weights."""
-    model, _ = _need(run)
-    model.config.get_text_config().intermediate_size = keep
-    for layer in model.get_decoder().layers:
-        layer.mlp.intermediate_size = keep

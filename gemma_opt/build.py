@@ -1,7 +1,8 @@
 """One build: compress, save, answer once, evaluate, and only then put the folder in its place.
 
-Everything is written into a hidden folder beside the target. The model that is evaluated is the one loaded back from
-that folder through the service, so a checkpoint that cannot be served is never finished.
+Everything is written into a hidden folder beside the target. Layers pruned with calibration data are kept in another one,
+`.<name>.work`, until the build is done: the same build started again after a kill goes on where it was. The model that is
+evaluated is the one loaded back from the folder through the service, so one that cannot be served is never finished.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from gemma_opt import checkpoint, gemma, inspection, pipeline
+from gemma_opt.calibration import CalibrationData, Store, draw_samples, sources_identity
 from gemma_opt.engine.compilation import save_artifacts
 from gemma_opt.errors import WeightsError
 from gemma_opt.evaluation.perplexity import answer_perplexity, builtin_text, text_perplexity
@@ -91,12 +93,17 @@ def build(
     files = gemma.locate(recipe.model, base, network=True)
     loaded = gemma.load_base(files, gemma.DTYPES[recipe.model.dtype], place)
     needed = make_plan(loaded.model, recipe).bytes + OVERHEAD_BYTES
+    identity, data = files.identity(), None
+    if recipe.needs_data and recipe.calibration:
+        identity |= {"calibration": sources_identity(recipe.calibration)}
+        store = Store(out.parent / f".{out.name}.work", _origin(recipe, identity, place))
+        data = CalibrationData(draw_samples(recipe.calibration, loaded.processing), store)
     with checkpoint.staging(out, needed) as folder:
         base_quality = _evaluate_base(str(files.path), device, questions, progress) if questions else None
-        plan = pipeline.compress(loaded.model, recipe, progress)
+        plan = pipeline.compress(loaded.model, recipe, progress, data)
         _refuse_broken_logits(loaded.model)
         layers = inspection.measure(loaded.model, plan)
-        checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, files.identity())
+        checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
         parameters = plan.parameters
         del loaded
         service = Service.load(Source(recipe, folder), device)
@@ -120,7 +127,15 @@ def build(
         )
         (folder / checkpoint.QUALITY).write_text(json.dumps(report.to_json(), indent=1), "utf-8")
         checkpoint.seal(folder, checkpoint.read_manifest(folder).with_measured(report.to_json()))
+    if data:
+        data.store.clear()
     return report
+
+
+def _origin(recipe: Recipe, identity: dict[str, object], device: torch.device) -> dict[str, object]:
+    """All that decides what a calibrated stage makes of a layer: work done for another origin is worth nothing."""
+    made_from = recipe.model_dump(mode="json", include={"model", "calibration", "sparsity"})
+    return {"recipe": made_from, "base": identity, "versions": checkpoint.versions(), "device": str(device)}
 
 
 def _evaluate_base(path: str, device: str | None, questions: int, progress: pipeline.Progress) -> Quality:

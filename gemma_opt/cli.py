@@ -48,7 +48,10 @@ def compress(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compress a base model into a finished checkpoint. The only verb that downloads (hub ids; token: HF_TOKEN)."""
+    """Compress a base model into a finished checkpoint. The only verb that downloads (hub ids; token: HF_TOKEN).
+
+    A build that calibrates keeps every finished layer beside the target: started again after an interruption, it goes on.
+    """
     from gemma_opt import checkpoint, loading
     from gemma_opt.build import build
     from gemma_opt.recipe import Recipe

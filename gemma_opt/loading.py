@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gemma_opt import checkpoint, gemma, pipeline
-from gemma_opt.errors import PlanError, RecipeMismatch, RecipeNotFound
+from gemma_opt.errors import NeedsBuild, PlanError, RecipeMismatch, RecipeNotFound
 from gemma_opt.policy import Plan
 from gemma_opt.recipe import BaseModelSection, EngineSection, Quantization, Recipe, RoleFormats
 
@@ -108,7 +108,15 @@ def dense_recipe(base: str) -> Recipe:
 
 
 def open_model(source: Source, device: str | None = None, progress: pipeline.Progress = pipeline.silent) -> Ready:
-    """Load the finished checkpoint, or load and compress the base weights. Raises CheckpointError, PlanError."""
+    """Load the finished checkpoint, or load and compress the base weights.
+
+    Raises CheckpointError, PlanError, NeedsBuild (the recipe needs data, and is compressed at build time only).
+    """
+    if source.folder is None and source.recipe.needs_data:
+        raise NeedsBuild(
+            f"recipe {source.recipe.name} needs calibration data and has not been built. "
+            f"Build it with: python -m gemma_opt compress {source.recipe.name}"
+        )
     place = gemma.device_of(device)
     if source.folder:
         loaded = checkpoint.load(source.folder, place)

@@ -21,7 +21,19 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
 from gemma_opt.errors import CorruptCheckpoint, PlanError
-from gemma_opt.recipe import Format, Gradual, LayerNorm, Magnitude, Recipe, Rows, SparsityStage
+from gemma_opt.recipe import (
+    Compact,
+    Format,
+    Gradual,
+    LayerNorm,
+    Magnitude,
+    Recipe,
+    Rows,
+    SparseGPT,
+    SparsityStage,
+    Wanda,
+    parse_n_m,
+)
 
 Kind = Literal["linear", "embedding", "conv", "norm", "parameter"]
 StoredFormat = Format | Literal["tied"]
@@ -177,7 +189,8 @@ def dropped_count(size: int, ratio: float) -> int:
 
 @singledispatch
 def pool_size(stage: object, shape: tuple[int, ...]) -> int:
-    """The number of things among which a stage drops its ratio: the weights of a layer or of a row, or a layer's rows.
+    """The number of things among which a stage drops its ratio: the weights of a layer, of a row or of a group of M, or a
+    layer's rows or channels.
 
     shape: [out, in] of one layer. A new method registers its own.
     """
@@ -186,8 +199,12 @@ def pool_size(stage: object, shape: tuple[int, ...]) -> int:
 
 @pool_size.register(Magnitude)
 @pool_size.register(Gradual)
-def _(stage: Magnitude | Gradual, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) if stage.pattern == "per_layer" else shape[1]
+@pool_size.register(Wanda)
+@pool_size.register(SparseGPT)
+def _(stage: Magnitude | Gradual | Wanda | SparseGPT, shape: tuple[int, ...]) -> int:
+    if n_m := parse_n_m(stage.pattern):
+        return n_m[1]
+    return shape[1] if stage.pattern == "per_row" else math.prod(shape)
 
 
 @pool_size.register(LayerNorm)
@@ -200,21 +217,56 @@ def _(stage: Rows, shape: tuple[int, ...]) -> int:
     return shape[0]
 
 
+def kept_channels(stage: Compact, channels: int) -> int:
+    """How many MLP channels a compact stage leaves: (1 − ratio) of them, rounded to the nearest multiple, never 0."""
+    return max(1, round(channels * (1 - stage.ratio) / stage.multiple)) * stage.multiple
+
+
 def plan(model: nn.Module, recipe: Recipe) -> Plan:
-    """What the recipe does to every module of the model, which may be on the meta device.
+    """What the recipe makes of every module of the model, which may be on the meta device. Shapes and bytes are the final ones.
 
     int8 goes to linears only: where `roles.vision` is int8, the tower's patch convolution and position embedding are stored
     as bf16. Raises one PlanError that lists every offender: unknown modules, an untied head, ratios that would drop nothing
     or everything of a layer, roles that no layer has.
     """
+    return plan_stages(model, recipe)[-1]
+
+
+def plan_stages(model: nn.Module, recipe: Recipe) -> tuple[Plan, ...]:
+    """The plan before the first sparsity stage, after it, and so on: they differ where a stage changes shapes.
+
+    `plans[i]` is what stage i must find, `plans[i + 1]` what it must leave. Raises what `plan` raises.
+    """
     rows, problems = _survey(model, recipe)
-    drawn = Plan(tuple(rows))
-    problems += _misfit_formats(drawn, recipe)
+    plans = [Plan(tuple(rows))]
+    problems += _misfit_formats(plans[0], recipe)
     for index, stage in enumerate(recipe.sparsity):
-        problems += (f"sparsity.{index} ({stage.method}): {problem}" for problem in _misfit_stage(drawn, stage))
+        problems += (f"sparsity.{index} ({stage.method}): {problem}" for problem in _misfit_stage(plans[-1], stage))
+        plans.append(_after(plans[-1], stage))
     if problems:
         raise PlanError(f"the recipe {recipe.name!r} does not fit the model:\n  " + "\n  ".join(problems))
-    return drawn
+    return tuple(plans)
+
+
+def _after(before: Plan, stage: SparsityStage) -> Plan:
+    """The plan that a stage leaves: compact narrows gate, up and down, the others keep every shape."""
+    if not isinstance(stage, Compact):
+        return before
+    return Plan(tuple(_narrow(row, stage) if row.role in stage.roles else row for row in before.rows))
+
+
+def _narrow(row: PlanRow, stage: Compact) -> PlanRow:
+    channel_dim = 1 if row.role is Role.DOWN else 0
+    kept = kept_channels(stage, row.shape[channel_dim])
+    shape = (row.shape[0], kept) if channel_dim else (kept, row.shape[1])
+    parameters = row.parameters - math.prod(row.shape) + math.prod(shape)
+    size = row.bytes - _weight_bytes(row.shape, row.format) + _weight_bytes(shape, row.format)
+    return replace(row, shape=shape, parameters=parameters, bytes=size)
+
+
+def _weight_bytes(shape: tuple[int, ...], stored: StoredFormat) -> int:
+    """Bytes of a main weight with its scales, as stored."""
+    return math.prod(shape) * _DTYPES[stored].itemsize + (shape[0] * _SCALE_BYTES if stored == "int8" else 0)
 
 
 def planned_weights(model: nn.Module, rows: Iterable[PlanRow]) -> dict[str, nn.Parameter]:
@@ -274,8 +326,7 @@ def _row(
     if stored == "tied":
         return PlanRow(name, role, kind, shape, 0, stored, ratio, 0)
     parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-    size = weight.numel() * _DTYPES[stored].itemsize + (parameters - weight.numel()) * _DTYPES[formats[Role.NORM]].itemsize
-    size += shape[0] * _SCALE_BYTES if stored == "int8" else 0
+    size = _weight_bytes(shape, stored) + (parameters - weight.numel()) * _DTYPES[formats[Role.NORM]].itemsize
     return PlanRow(name, role, kind, shape, parameters, stored, ratio, size)
 
 
@@ -303,8 +354,27 @@ def _misfit_stage(drawn: Plan, stage: SparsityStage) -> Iterator[str]:
     rows = drawn.prunable(stage)
     present = {row.role for row in rows}
     yield from (f"the model has no {role} layer" for role in stage.roles if role not in present)
+    yield from _misfit_rows(stage, rows)
+
+
+@singledispatch
+def _misfit_rows(stage: SparsityStage, rows: tuple[PlanRow, ...]) -> Iterator[str]:
+    """Layers whose shape does not take what a stage asks."""
+    n_m = parse_n_m(getattr(stage, "pattern", ""))
     for row in rows:
         size = pool_size(stage, row.shape)
         count = dropped_count(size, stage.ratio)
         if not 0 < count < size:
             yield f"{row.name} {list(row.shape)}: a ratio of {stage.ratio} would drop {count} of {size}"
+        if n_m and row.shape[1] % n_m[1]:
+            yield f"{row.name} {list(row.shape)}: rows of {row.shape[1]} do not divide into groups of {n_m[1]}"
+
+
+@_misfit_rows.register
+def _(stage: Compact, rows: tuple[PlanRow, ...]) -> Iterator[str]:
+    widths = {row.shape[1] if row.role is Role.DOWN else row.shape[0] for row in rows}
+    if len(widths) > 1:
+        yield f"the layers have {len(widths)} different MLP widths, and a checkpoint holds one"
+    for width in widths:
+        if (kept := kept_channels(stage, width)) >= width:
+            yield f"a ratio of {stage.ratio} in multiples of {stage.multiple} would keep {kept} of {width} channels"

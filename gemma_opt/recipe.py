@@ -13,15 +13,25 @@ import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gemma_opt.errors import RecipeError, RecipeNotFound
 
 TEXT_ROLES = ("query", "key", "value", "output", "gate", "up", "down")
-PrunableRole = Literal["query", "key", "value", "output", "gate", "up", "down", "vision"]
+TextRole = Literal["query", "key", "value", "output", "gate", "up", "down"]
+PrunableRole = TextRole | Literal["vision"]
 Ratio = Annotated[float, Field(ge=0.01, le=0.8, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 
@@ -47,25 +57,72 @@ class BaseModelSection(_Section):
         return self
 
 
+# Calibration
+
+
+class Calibration(_Section):
+    """The data on which methods with `needs_data` measure what matters.
+
+    source: text files, JSONL files with pictures (`gemma_opt.calibration` describes both), or "charts", the built-in picture
+    task; every source gives an equal share of the windows. seed: which windows.
+    """
+
+    source: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
+    windows: int = Field(default=128, ge=1, le=65_536)
+    window_tokens: int = Field(default=512, ge=8, le=32_768)
+    seed: int = Field(default=0, ge=0)
+
+
 # Sparsity: score × pattern × schedule
 
 
+def parse_n_m(pattern: str) -> tuple[int, int] | None:
+    """(N, M) of "N:M", which keeps N of every M neighbouring weights of a row; None for a pattern of another kind."""
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _quoted(pattern: object) -> object:
+    if isinstance(pattern, int):
+        raise ValueError('YAML reads an unquoted N:M as a number of base 60: write it in quotes, "2:4"')
+    return pattern
+
+
+NM = Annotated[str, Field(pattern=r"^[1-9]\d?:[1-9]\d?$"), BeforeValidator(_quoted)]
+
+
 class _Stage(_Section):
+    """What every stage has. needs_data: the recipe must have a calibration section."""
+
+    needs_data: ClassVar[bool] = False
+
     ratio: Ratio
-    roles: tuple[PrunableRole, ...] = Field(default=TEXT_ROLES, min_length=1)
 
     @model_validator(mode="after")
-    def _roles_once(self) -> _Stage:
-        if len(set(self.roles)) != len(self.roles):
-            raise ValueError("a role is named twice")
+    def _ratio_is_the_patterns(self) -> _Stage:
+        shape = parse_n_m(getattr(self, "pattern", ""))
+        if shape and not (shape[0] < shape[1] and abs(self.ratio - 1 + shape[0] / shape[1]) < 0.005):
+            raise ValueError(f"the pattern keeps {shape[0]} of every {shape[1]} weights: its ratio is not {self.ratio}")
         return self
 
 
-class Magnitude(_Stage):
-    """Zero the smallest |W|, an exact share of every layer or of every row."""
+def _once(roles: tuple[PrunableRole, ...]) -> tuple[PrunableRole, ...]:
+    if len(set(roles)) != len(roles):
+        raise ValueError("a role is named twice")
+    return roles
+
+
+class _WeightStage(_Stage):
+    """A stage that looks at weights alone."""
+
+    roles: Annotated[tuple[PrunableRole, ...], AfterValidator(_once)] = Field(default=TEXT_ROLES, min_length=1)
+
+
+class Magnitude(_WeightStage):
+    """Zero the smallest |W|: an exact share of every layer, of every row, of all layers together, or N of every M kept."""
 
     method: Literal["magnitude"]
-    pattern: Literal["per_layer", "per_row"] = "per_layer"
+    pattern: Literal["per_layer", "per_row", "global"] | NM = "per_layer"
 
 
 class Schedule(_Section):
@@ -75,7 +132,7 @@ class Schedule(_Section):
     steps: int = Field(ge=1, le=1000)
 
 
-class Gradual(_Stage):
+class Gradual(_WeightStage):
     """Magnitude pruning in steps. Without training between the steps it ends where one shot ends."""
 
     method: Literal["gradual"]
@@ -83,19 +140,87 @@ class Gradual(_Stage):
     schedule: Schedule
 
 
-class LayerNorm(_Stage):
+class LayerNorm(_WeightStage):
     """Layers with small weights give up more: shares in inverse proportion to each layer's RMS weight."""
 
     method: Literal["layer_norm"]
 
 
-class Rows(_Stage):
+class Rows(_WeightStage):
     """Zero whole output rows of the smallest L2 norm; shapes stay. Measured to destroy Gemma 3: a reference, not advice."""
 
     method: Literal["rows"]
 
 
-SparsityStage = Annotated[Magnitude | Gradual | LayerNorm | Rows, Field(discriminator="method")]
+Order = Annotated[
+    Literal["one_shot", "sequential"],
+    Field(description="sequential: each layer is measured behind the pruned layers before it; one_shot: behind dense ones"),
+]
+
+
+class _CalibratedStage(_Stage):
+    """A stage that measures the model on calibration data.
+
+    allocation: one ratio for all layers; or "sensitivity", where every output counts by the loss's measured gradient there,
+    within a layer and between layers, and the ratio holds exactly over all of them together.
+    """
+
+    needs_data: ClassVar[bool] = True
+
+    roles: Annotated[tuple[TextRole, ...], AfterValidator(_once)] = Field(default=TEXT_ROLES, min_length=1)
+    allocation: Literal["uniform", "sensitivity"] = "uniform"
+    order: Order = "sequential"
+
+    @model_validator(mode="after")
+    def _layers_can_differ(self) -> _CalibratedStage:
+        if self.allocation == "sensitivity" and getattr(self, "pattern", "") != "per_layer":
+            raise ValueError("allocation: sensitivity gives every layer a count of its own, which needs pattern: per_layer")
+        return self
+
+
+class Wanda(_CalibratedStage):
+    """Zero the smallest |W| · ‖x‖: weights count by what they are multiplied with. The kept weights stay as they are."""
+
+    method: Literal["wanda"]
+    pattern: Literal["per_layer", "per_row"] | NM = "per_row"
+
+
+class SparseGPT(_CalibratedStage):
+    """Zero what the kept weights of its row can best make up for, and let them.
+
+    damping: share of the mean of the Hessian's diagonal that is added to it. refine: conjugate-gradient steps on the kept
+    weights once all masks are known; 0 leaves SparseGPT's own values. match: what a layer should give after pruning: its
+    own dense output on the inputs it now gets ("own"), or on those of the dense model ("dense", which makes up for earlier
+    layers too).
+    """
+
+    method: Literal["sparsegpt"]
+    pattern: Literal["per_layer", "per_row"] | NM = "per_layer"
+    damping: float = Field(default=0.01, gt=0, le=1)
+    refine: int = Field(default=0, ge=0, le=1000)
+    match: Literal["own", "dense"] = "own"
+
+
+class Compact(_Section):
+    """Take whole MLP channels out of gate, up and down: a smaller and faster model of the same architecture.
+
+    ratio: of channels removed; what is kept is rounded to the nearest `multiple`, the same in every layer. compensate:
+    refit the kept columns of down to the dense layer's output. `match`, `damping`, `order`: as in SparseGPT.
+    """
+
+    needs_data: ClassVar[bool] = True
+    roles: ClassVar[tuple[TextRole, ...]] = ("gate", "up", "down")
+
+    method: Literal["compact"]
+    ratio: Ratio
+    compensate: bool = True
+    multiple: int = Field(default=64, ge=1, le=4096)
+    damping: float = Field(default=0.01, gt=0, le=1)
+    match: Literal["own", "dense"] = "own"
+    order: Order = "sequential"
+
+
+SparsityStage = Annotated[Magnitude | Gradual | LayerNorm | Rows | Wanda | SparseGPT | Compact, Field(discriminator="method")]
 
 
 # Quantization, compilation, engine
@@ -163,6 +288,7 @@ class Recipe(_Section):
     name: Name
     description: str = ""
     model: BaseModelSection
+    calibration: Calibration | None = None
     sparsity: tuple[SparsityStage, ...] = ()
     quantization: Quantization = Quantization()
     compile: Compile = Compile()
@@ -174,6 +300,21 @@ class Recipe(_Section):
         if "fp32" in formats and self.model.dtype != "float32":
             raise ValueError("quantization: fp32 weights need model.dtype float32")
         return self
+
+    @model_validator(mode="after")
+    def _data_is_there(self) -> Recipe:
+        needing = [stage.method for stage in self.sparsity if stage.needs_data]
+        if needing and self.calibration is None:
+            raise ValueError(f"{', '.join(needing)} need data: add a section `calibration: {{source: [text.txt]}}`")
+        methods = [stage.method for stage in self.sparsity]
+        if "compact" in methods[1:] and set(methods[: len(methods) - methods[::-1].index("compact")]) != {"compact"}:
+            raise ValueError("sparsity: compact refits whole columns and would revive earlier zeros: put it first")
+        return self
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether compressing needs calibration data: such a recipe is compressed at build time, never in setup()."""
+        return any(stage.needs_data for stage in self.sparsity)
 
     @classmethod
     def load(cls, source: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -206,7 +347,8 @@ class Recipe(_Section):
 
     def digest(self) -> str:
         """sha256 over all that decides the stored weights: not the name and description, nor how they are executed."""
-        content = self.model_dump(mode="json", exclude={"name", "description", "compile", "engine"})
+        unused = set[str]() if self.needs_data else {"calibration"}
+        content = self.model_dump(mode="json", exclude={"name", "description", "compile", "engine"} | unused)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

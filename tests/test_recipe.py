@@ -42,7 +42,17 @@ def test_overrides_reach_into_lists_and_make_missing_sections() -> None:
         ("sparsity.0.ratio=0.9", "sparsity.0.gradual.ratio"),
         ("sparsity.0.ratio=0", "sparsity.0.gradual.ratio"),
         ("sparsity.0.ratio=.nan", "sparsity.0.gradual.ratio"),
-        ("sparsity.0.method=wanda", "sparsity.0"),
+        ("sparsity.0.method=prune", "sparsity.0"),
+        ("sparsity.0.method=wanda", "sparsity.0.wanda.schedule: unknown key"),
+        ("sparsity=[{method: wanda, ratio: 0.3}]", "wanda need data: add a section `calibration"),
+        ("sparsity=[{method: magnitude, ratio: 0.5, pattern: 2:4}]", "write it in quotes"),
+        ("sparsity=[{method: magnitude, ratio: 0.3, pattern: '2:4'}]", "keeps 2 of every 4 weights: its ratio is not 0.3"),
+        ("sparsity=[{method: magnitude, ratio: 0.5, pattern: '4:2'}]", "keeps 4 of every 2"),
+        ("sparsity=[{method: wanda, ratio: 0.5, roles: [vision]}]", "sparsity.0.wanda.roles.0"),
+        ("sparsity=[{method: wanda, ratio: 0.5, allocation: sensitivity}]", "needs pattern: per_layer"),
+        ("sparsity=[{method: compact, ratio: 0.5, roles: [up]}]", "sparsity.0.compact.roles: unknown key"),
+        ("calibration={source: []}", "calibration.source"),
+        ("calibration={source: [x], windows: 0}", "calibration.windows"),
         ("sparsity.0.pattern=2:4", "sparsity.0.gradual.pattern"),
         ("sparsity.0.schedule=null", "sparsity.0.gradual.schedule"),
         ("sparsity.0.roles=[query, embedding]", "sparsity.0.gradual.roles.1"),
@@ -80,6 +90,24 @@ def test_fp32_weights_need_fp32_activations() -> None:
 def test_a_revision_pins_hub_ids_only() -> None:
     with pytest.raises(RecipeError, match="a revision pins a hub id"):
         Recipe.load("small-bf16", (f"model.revision={'a' * 40}",))
+
+
+def test_compact_comes_first() -> None:
+    stages = "sparsity=[{method: magnitude, ratio: 0.3}, {method: compact, ratio: 0.25}]"
+    with pytest.raises(RecipeError, match="would revive earlier zeros: put it first"):
+        Recipe.load("small-bf16", (stages, "calibration={source: [charts]}"))
+
+
+def test_recipes_say_whether_they_need_data() -> None:
+    assert Recipe.load("gemma-3-4b-int8-compact25").needs_data
+    assert not Recipe.load(PRUNED).needs_data
+
+
+def test_calibration_that_nothing_uses_is_not_part_of_the_digest() -> None:
+    unused = Recipe.load(PRUNED, ("calibration={source: [charts]}",))
+    assert unused.digest() == Recipe.load(PRUNED).digest()
+    used = Recipe.load("small-int8-compact25")
+    assert Recipe.load("small-int8-compact25", ("calibration.seed=1",)).digest() != used.digest()
 
 
 def test_unknown_names_list_the_known_ones() -> None:

@@ -165,6 +165,24 @@ def test_magnitude_drops_the_exact_share_of_every_planned_layer_and_nothing_else
         assert result.measured == zeros / old.numel()
 
 
+def test_magnitude_over_the_whole_model_equals_one_plain_sort() -> None:
+    before, after, (results,) = run({"method": "magnitude", "ratio": 0.3, "pattern": "global"})
+    old = torch.cat([before[f"{name}.weight"].flatten() for name in results])
+    keep = torch.tensor(naive_keep(old.abs().tolist(), dropped_count(old.numel(), 0.3)))
+    assert torch.equal(torch.cat([after[f"{name}.weight"].flatten() for name in results]), old * keep)
+    assert all(result.asked == result.dropped / result.weights for result in results.values())
+
+
+@pytest.mark.parametrize(("pattern", "ratio"), [("2:4", 0.5), ("1:4", 0.75), ("4:8", 0.5)])
+def test_magnitude_keeps_the_largest_n_of_every_m(pattern: str, ratio: float) -> None:
+    before, after, (results,) = run({"method": "magnitude", "ratio": ratio, "pattern": pattern})
+    keep_count, group = map(int, pattern.split(":"))
+    for name in results:
+        old = before[f"{name}.weight"].reshape(-1, group)
+        keep = torch.tensor([naive_keep(row, group - keep_count) for row in old.abs().tolist()])
+        assert torch.equal(after[f"{name}.weight"], (old * keep).reshape(after[f"{name}.weight"].shape))
+
+
 @pytest.mark.parametrize("kind", ["linear", "cubic"])
 @pytest.mark.parametrize("pattern", ["per_layer", "per_row"])
 @pytest.mark.parametrize("steps", [1, 2, 7])

@@ -1,4 +1,5 @@
-"""One ratio for the model, shared out over its layers by the size of their weights (method `layer_norm`).
+"""One ratio for the model, shared out over its layers: by the size of their weights (method `layer_norm`), or by what
+their weights are measured to do to the loss (allocation `sensitivity`).
 
 In exact rationals: the counts must add up to the weight, and float sums over three billion weights would not.
 """
@@ -10,6 +11,7 @@ from math import floor
 from gemma_opt.policy import dropped_count
 
 MAX_SHARE = Fraction(19, 20)  # no layer loses more: an emptied layer cuts the network
+TRUST = Fraction(1, 2)  # in the measured sensitivities; benchmarks/quality/NOTES.md has the curve
 
 
 def layer_norm_counts(rms: Sequence[float], sizes: Sequence[int], ratio: float) -> list[int]:
@@ -18,10 +20,27 @@ def layer_norm_counts(rms: Sequence[float], sizes: Sequence[int], ratio: float) 
     rms: ‖W_i‖_F / √n_i; sizes: n_i. The shares of `layer_norm_shares`, made whole by largest remainder (of equal
     remainders the earlier layer is rounded up).
     """
-    ideal = [share * size for share, size in zip(layer_norm_shares(rms, sizes, ratio), sizes, strict=True)]
+    return _whole(layer_norm_shares(rms, sizes, ratio), sizes, dropped_count(sum(sizes), ratio))
+
+
+def sensitivity_counts(wished: Sequence[int], sizes: Sequence[int], ratio: float) -> list[int]:
+    """How many weights each layer drops; the sum is exactly `dropped_count(sum(sizes), ratio)`.
+
+    wished: what one threshold over all weights would drop in each (it sums to that count). The shares lie halfway between
+    that wish and `ratio`: the threshold takes errors for small and independent, which at its extremes they are not.
+    """
+    total = dropped_count(sum(sizes), ratio)
+    even = Fraction(total, sum(sizes))
+    shares = [(1 - TRUST) * even + TRUST * Fraction(count, size) for count, size in zip(wished, sizes, strict=True)]
+    return _whole(shares, sizes, total)
+
+
+def _whole(shares: Sequence[Fraction], sizes: Sequence[int], total: int) -> list[int]:
+    """Whole counts from shares that add up to `total`, by largest remainder."""
+    ideal = [share * size for share, size in zip(shares, sizes, strict=True)]
     counts = [floor(value) for value in ideal]
     by_remainder = sorted(range(len(ideal)), key=lambda layer: counts[layer] - ideal[layer])
-    for layer in by_remainder[: dropped_count(sum(sizes), ratio) - sum(counts)]:
+    for layer in by_remainder[: total - sum(counts)]:
         counts[layer] += 1
     return counts
 

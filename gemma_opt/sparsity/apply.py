@@ -1,6 +1,7 @@
 """Walk a model and zero what a sparsity stage asks for: in place, one layer at a time, reconciled with the plan.
 
-Zeroed weights stay in dense tensors, so these methods make nothing smaller or faster. A zero scores lowest, so a second
+Zeroed weights stay in dense tensors, so the methods here make nothing smaller or faster; `calibrated` holds those that
+measure the model on data. A zero scores lowest, so a second
 stage drops the zeros of the first one first and counts them. Biases are never touched: a zeroed output row of a vision
 linear still gives its bias.
 """
@@ -13,6 +14,7 @@ from functools import singledispatch
 
 from torch import Tensor, nn
 
+from gemma_opt.calibration import CalibrationData
 from gemma_opt.errors import PlanError
 from gemma_opt.policy import Plan, Progress, dropped_count, planned_weights, pool_size, quiet
 from gemma_opt.recipe import Gradual, LayerNorm, Magnitude, Rows, SparsityStage
@@ -22,15 +24,14 @@ from gemma_opt.sparsity.schedule import ratio_after
 
 Weights = Mapping[str, nn.Parameter]
 BetweenSteps = Callable[[int], None]
-_MASKS = {"per_layer": masks.per_layer, "per_row": masks.per_row}
 
 
 @dataclass(frozen=True)
 class LayerSparsity:
     """What a stage asked of a layer and what is there now.
 
-    asked: ratio; dropped: weights under the stage's mask; zeros: weights that are zero afterwards, those of earlier stages
-    and natural ones included; weights: all of the layer.
+    asked: ratio; dropped: weights under the stage's mask, or removed; zeros: weights that are removed or zero afterwards,
+    those of earlier stages and natural ones included; weights: all of the layer before the stage.
     """
 
     asked: float
@@ -45,11 +46,13 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a handler needs beside its stage: the planned weights by module name, and whom to tell."""
+    """What a handler needs beside its stage: the planned weights by module name, whom to tell, and what to measure on."""
 
     weights: Weights
     progress: Progress
     between_steps: BetweenSteps | None
+    model: nn.Module | None = None
+    data: CalibrationData | None = None
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,24 @@ def sparsify_(
     plan: Plan,
     progress: Progress = quiet,
     between_steps: BetweenSteps | None = None,
+    data: CalibrationData | None = None,
 ) -> dict[str, LayerSparsity]:
-    """Zero the planned share of every layer the stage names; module name → what happened.
+    """Zero or remove the planned share of every layer the stage names; module name → what happened.
 
     `between_steps(s)` is called after every step s of a gradual schedule but the last, with the caller's gradient mode: the
-    place for recovery training. Weights that are zero before the call are zero again after it.
+    place for recovery training. `data`: for stages with `needs_data`. Weights that are zero before
+    the call are zero again after it.
     Raises PlanError where the model is not the planned one or the zeros found afterwards are fewer than the plan's.
     """
     weights = planned_weights(model, plan.prunable(stage))
-    drops = _prune_(stage, _Run(weights, progress, between_steps))
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    drops = _prune_(stage, _Run(weights, progress, between_steps, model, data))
     wrong = [f"{name}: planned or touched, not both" for name in sorted(weights.keys() ^ drops.keys())]
     results: dict[str, LayerSparsity] = {}
     for name, weight in weights.items():
         if (drop := drops.get(name)) is None:
             continue
-        results[name] = LayerSparsity(drop.asked, drop.count, weight.numel() - int(weight.count_nonzero()), weight.numel())
+        results[name] = LayerSparsity(drop.asked, drop.count, sizes[name] - int(weight.count_nonzero()), sizes[name])
         if results[name].zeros < drop.count:
             wrong.append(f"{name}: {drop.count} weights were to fall, {results[name].zeros} are zero")
     if wrong:
@@ -94,6 +100,8 @@ def _prune_(stage: object, run: _Run) -> dict[str, _Drop]:
 
 @_prune_.register
 def _(stage: Magnitude, run: _Run) -> dict[str, _Drop]:
+    if stage.pattern == "global":
+        return _global_magnitude_(stage, run)
     return _by_magnitude_(stage, stage.ratio, run, 1, 1)
 
 
@@ -133,13 +141,25 @@ def _(stage: Rows, run: _Run) -> dict[str, _Drop]:
     return drops
 
 
+def _global_magnitude_(stage: Magnitude, run: _Run) -> dict[str, _Drop]:
+    sizes = [weight.numel() for weight in run.weights.values()]
+    total = dropped_count(sum(sizes), stage.ratio)
+    counts = masks.global_counts(lambda: (scores.magnitude(weight) for weight in run.weights.values()), total)
+    drops: dict[str, _Drop] = {}
+    for done, ((name, weight), count) in enumerate(zip(run.weights.items(), counts, strict=True), start=1):
+        _keep_(weight, masks.per_layer(scores.magnitude(weight), count))
+        drops[name] = _Drop(count / weight.numel(), count)
+        run.progress(done, len(sizes), name)
+    return drops
+
+
 def _by_magnitude_(stage: Magnitude | Gradual, ratio: float, run: _Run, step: int, steps: int) -> dict[str, _Drop]:
     """Zero the smallest |W| of every layer, up to a ratio that counts what is zero already. Step 1..steps of a schedule."""
     drops: dict[str, _Drop] = {}
     for done, (name, weight) in enumerate(run.weights.items(), start=1):
         pool = pool_size(stage, tuple(weight.shape))
         count = dropped_count(pool, ratio)
-        _keep_(weight, _MASKS[stage.pattern](scores.magnitude(weight), count))
+        _keep_(weight, masks.of_pattern(scores.magnitude(weight), stage.pattern, count))
         drops[name] = _Drop(ratio, count * (weight.numel() // pool))
         run.progress((step - 1) * len(run.weights) + done, steps * len(run.weights), name)
     return drops

@@ -1,0 +1,177 @@
+"""What to calibrate on: windows of text, conversations with pictures, or the built-in picture task.
+
+Text files are cut into windows of `window_tokens`, `<bos>` first. A `.jsonl` file holds one sample a line:
+
+    {"text": "a document"}
+    {"text": "What is this?", "image": "cat.png", "answer": "A cat."}
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+
+`image` is a path beside the file, or a data URI; messages are those of a request, and may end with the assistant's answer.
+Every source gives an equal share of the windows, chosen by the seed; where one has fewer, the others give more.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gemma_opt import charts
+from gemma_opt.errors import GemmaOptError, RecipeError
+from gemma_opt.gemma import Processing, sha256_of
+from gemma_opt.images import decode_image, load_image
+from gemma_opt.prompt import PromptEncoder, Turn, parse_messages, single_turn
+from gemma_opt.recipe import Calibration
+
+CHARTS = "charts"
+_CONTEXT = 131_072  # samples are cut to the window here; the encoder's own limit would only refuse
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence, alone in its batch. token_ids: int64 [1, tokens]; images: float32 [pictures, 3, side, side] or None."""
+
+    token_ids: Tensor
+    images: Tensor | None = None
+
+
+Draw = Callable[[], Sample]
+
+
+def draw_samples(section: Calibration, processing: Processing) -> tuple[Sample, ...]:
+    """The calibration set of a recipe. The same files and section give the same samples.
+
+    Raises RecipeError where a source cannot be read, or all together hold fewer windows than asked.
+    """
+    offers = [_offer(source, number, section, processing) for number, source in enumerate(section.source)]
+    taken = _shares([len(offer) for offer in offers], section.windows)
+    if sum(taken) < section.windows:
+        held = ", ".join(f"{source}: {len(offer)}" for source, offer in zip(section.source, offers, strict=True))
+        raise RecipeError(
+            f"calibration: {section.windows} windows of {section.window_tokens} tokens are asked, the sources hold "
+            f"{sum(taken)} ({held}). Give more text, or set calibration.windows lower"
+        )
+    return tuple(draw() for offer, count in zip(offers, taken, strict=True) for draw in offer[:count])
+
+
+def sources_identity(section: Calibration) -> dict[str, str]:
+    """sha256 of every source file, by the name the recipe gives it. Raises RecipeError for one that is missing."""
+    return {source: CHARTS if source == CHARTS else sha256_of(_existing(source)) for source in section.source}
+
+
+def _shares(held: Sequence[int], wanted: int) -> list[int]:
+    """How many each source gives: as even as they allow, earlier sources first where it does not divide."""
+    taken = [0] * len(held)
+    while sum(taken) < wanted and any(count < limit for count, limit in zip(taken, held, strict=True)):
+        smallest = min(count for count, limit in zip(taken, held, strict=True) if count < limit)
+        index = next(index for index, count in enumerate(taken) if count == smallest and count < held[index])
+        taken[index] += 1
+    return taken
+
+
+def _existing(source: str) -> Path:
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise RecipeError(
+            f"calibration.source: there is no file {source} (seen from the current folder), and it is not {CHARTS!r}"
+        )
+    return path
+
+
+def _offer(source: str, number: int, section: Calibration, processing: Processing) -> list[Draw]:
+    """Everything a source could give, shuffled by the seed; each sample is made only when it is drawn."""
+    rng = random.Random(f"{section.seed}/{number}")
+    if source == CHARTS:
+        if processing.processor is None:
+            raise RecipeError("calibration.source: charts are pictures, and this model has no vision tower")
+        return [_chart_draw(section, processing, index) for index in range(section.windows)]
+    path = _existing(source)
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"calibration.source: {source} is not UTF-8 text") from None
+    if path.suffix == ".jsonl":
+        lines = [(index, line) for index, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        offer = [_line_draw(path, index, line, section, processing) for index, line in lines]
+    else:
+        offer = _text_draws(text, section, processing)
+    rng.shuffle(offer)
+    return offer
+
+
+def _text_draws(text: str, section: Calibration, processing: Processing) -> list[Draw]:
+    tokenizer, step = processing.tokenizer, section.window_tokens - 1
+    bos = cast(int, tokenizer.bos_token_id)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+
+    def draw(start: int) -> Draw:
+        return lambda: _sample([bos, *ids[start : start + step]], (), section)
+
+    return [draw(start) for start in range(0, len(ids) - step + 1, step)]
+
+
+def _chart_draw(section: Calibration, processing: Processing, index: int) -> Draw:
+    def draw() -> Sample:
+        picture = charts.draw("train", section.seed, index)
+        question = picture.questions[index % len(picture.questions)]
+        return _conversation(single_turn(question.text, "", [picture.image]), question.answer, section, processing)
+
+    return draw
+
+
+def _line_draw(path: Path, number: int, line: str, section: Calibration, processing: Processing) -> Draw:
+    def draw() -> Sample:
+        try:
+            turns, answer = _read_line(line, path.parent)
+            return _conversation(turns, answer, section, processing)
+        except (GemmaOptError, OSError, ValueError) as error:
+            reason = error.message if isinstance(error, GemmaOptError) else str(error)
+            raise RecipeError(f"calibration.source: {path.name} line {number}: {reason}") from None
+
+    return draw
+
+
+def _read_line(line: str, folder: Path) -> tuple[tuple[Turn, ...], str]:
+    """One line of JSONL → the conversation and the answer to it ("" without one)."""
+    fields = json.loads(line)
+    if not isinstance(fields, dict):
+        raise ValueError("is not an object")
+    if unknown := fields.keys() - {"text", "image", "answer", "messages"}:
+        raise ValueError(f"has unknown fields: {', '.join(sorted(unknown))}")
+
+    def picture(source: str) -> Image.Image:
+        return load_image(source) if source.startswith("data:") else decode_image((folder / source).read_bytes())
+
+    if "messages" in fields:
+        messages = list(fields["messages"])
+        answer = str(fields.get("answer", ""))
+        if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+            answer = str(messages.pop()["content"])
+        return parse_messages(messages, picture), answer
+    images = [picture(str(fields["image"]))] if fields.get("image") else []
+    return single_turn(str(fields.get("text", "")), "", images), str(fields.get("answer", ""))
+
+
+def _conversation(turns: tuple[Turn, ...], answer: str, section: Calibration, processing: Processing) -> Sample:
+    prompt = PromptEncoder(processing, _CONTEXT).encode(turns)
+    reply = processing.tokenizer.encode(answer, add_special_tokens=False) if answer else []
+    return _sample([*prompt.token_ids, *reply], prompt.images, section)
+
+
+def _sample(token_ids: Sequence[int], images: Sequence[Tensor], section: Calibration) -> Sample:
+    """Cut to the window. Raises ValueError where that would cut into the pictures, which come first."""
+    ids = torch.tensor([token_ids[: section.window_tokens]])
+    if not images:
+        return Sample(ids)
+    if len(token_ids) > section.window_tokens:
+        raise ValueError(
+            f"takes {len(token_ids)} tokens with its pictures, calibration.window_tokens is {section.window_tokens}"
+        )
+    return Sample(ids, torch.stack(list(images)))

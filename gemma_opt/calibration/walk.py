@@ -1,0 +1,260 @@
+"""Stream calibration samples through the decoder, one layer at a time.
+
+Gemma 3 has two attention masks and two RoPE bases, so nothing about a layer's arguments is rebuilt here: the model's own
+forward runs once with recorders in place of its layers, and each layer is then called with exactly what it would have
+received. Memory: hidden states of all samples and the moments of one layer, never the activations of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from gemma_opt.calibration.samples import Sample
+from gemma_opt.gemma import GemmaModel
+from gemma_opt.policy import Role, role_of
+
+# Linears that read the same tensor, in the order in which they run.
+STEPS = ((Role.QUERY, Role.KEY, Role.VALUE), (Role.OUTPUT,), (Role.GATE, Role.UP), (Role.DOWN,))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a linear's input x over the calibration tokens, float32, means over tokens.
+
+    square: [in], E[x²]. hessian: [in, in], E[xᵀx], or None where only `square` was asked. cross: [in, in], E[x₀ᵀx] with x₀
+    the input of the same linear in the dense model, or None. tokens: how many.
+    """
+
+    square: Tensor
+    hessian: Tensor | None
+    cross: Tensor | None
+    tokens: int
+
+    @property
+    def input_norm(self) -> Tensor:
+        """[in]: the L2 norm of each input over all calibration tokens."""
+        return (self.square * self.tokens).sqrt()
+
+
+Arguments = Mapping[str, object]
+
+
+class Block:
+    """One decoder layer with everything that enters it. `name` is its path in the model, `layer` the live module."""
+
+    def __init__(
+        self,
+        name: str,
+        layer: nn.Module,
+        states: list[Tensor],
+        arguments: list[Arguments],
+        dense: list[dict[str, Tensor]] | None,
+    ) -> None:
+        self.name = name
+        self.layer = layer
+        self._states = states
+        self._arguments = arguments
+        self._dense = dense
+
+    def steps(self, names: Sequence[str]) -> list[list[str]]:
+        """The named linears of this layer, grouped by the input they share, in the order in which they run."""
+        return _steps(self.name, names)
+
+    @torch.no_grad()
+    def moments(self, names: Sequence[str], *, full: bool = True) -> dict[str, Moments]:
+        """Moments of the inputs of these linears as the layer now is. Linears with one input share one result.
+
+        full: the Hessian too, and the cross moments where the walk follows the dense model.
+        """
+        groups = self.steps(names)
+        sums = {group[0]: _Sums(full) for group in groups}
+        for index, (state, arguments) in enumerate(zip(self._states, self._arguments, strict=True)):
+            seen = _inputs(self, state, arguments, list(sums))
+            for leader, x in seen.items():
+                sums[leader].add(x, self._dense[index][leader] if self._dense and full else None)
+        means = {leader: sums[leader].mean() for leader in sums}
+        return {name: means[group[0]] for group in groups for name in group}
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Run the layer as it now is; its outputs replace the hidden states (they enter the next layer)."""
+        for index, (state, arguments) in enumerate(zip(self._states, self._arguments, strict=True)):
+            self._states[index] = self.layer(state, **arguments)
+
+
+def _steps(layer_name: str, names: Sequence[str]) -> list[list[str]]:
+    own = [name for name in names if name.startswith(f"{layer_name}.")]
+    groups = [[name for name in own if role_of(name) in step] for step in STEPS]
+    return [group for group in groups if group]
+
+
+def _inputs(block: Block, state: Tensor, arguments: Arguments, names: list[str]) -> dict[str, Tensor]:
+    """What the named linears receive for one sample, [tokens, in]. Runs no further than the last of them."""
+    with _noted(block.name, block.layer, names) as seen, suppress(_EnoughSeen):
+        block.layer(state, **arguments)
+    return seen
+
+
+@contextmanager
+def _noted(layer_name: str, layer: nn.Module, names: list[str], *, stop: bool = True) -> Generator[dict[str, Tensor]]:
+    """Note the inputs of the named linears of a layer. stop: raise _EnoughSeen once all are known."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[name] = inputs[0].reshape(-1, inputs[0].shape[-1])
+            if stop and len(seen) == len(names):
+                raise _EnoughSeen
+
+        return hook
+
+    handles = [layer.get_submodule(name.removeprefix(f"{layer_name}.")).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _EnoughSeen(Exception):
+    """Ends a layer's forward early: the rest of its output is not needed."""
+
+
+class _Sums:
+    """Running sums of one linear's moments."""
+
+    def __init__(self, full: bool) -> None:
+        self._full = full
+        self._tokens = 0
+        self._square: Tensor | float = 0.0
+        self._hessian: Tensor | None = None
+        self._cross: Tensor | None = None
+
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """x, dense: [tokens, in]."""
+        x = x.float()
+        self._tokens += x.shape[0]
+        if not self._full:
+            self._square = self._square + x.square().sum(dim=0)
+            return
+        if self._hessian is None:
+            self._hessian = x.new_zeros(x.shape[1], x.shape[1])
+            self._cross = None if dense is None else torch.zeros_like(self._hessian)
+        self._hessian.addmm_(x.T, x)
+        if dense is not None and self._cross is not None:
+            self._cross.addmm_(dense.float().T, x)
+
+    def mean(self) -> Moments:
+        """Ends the summing: the sums are turned into means in place."""
+        if self._hessian is None:
+            return Moments(torch.as_tensor(self._square) / self._tokens, None, None, self._tokens)
+        hessian = self._hessian.div_(self._tokens)
+        cross = None if self._cross is None else self._cross.div_(self._tokens)
+        return Moments(hessian.diagonal().clone(), hessian, cross, self._tokens)
+
+
+def walk_layers(model: GemmaModel, samples: Sequence[Sample], *, follow_dense: Sequence[str] = ()) -> Iterator[Block]:
+    """Every decoder layer in turn. Between two of them the caller measures, changes the layer and calls `advance`.
+
+    follow_dense: linears whose inputs in the unchanged model are wanted too, for cross moments; costs a second set of hidden
+    states, one layer's inputs, and one more pass. Samples are sent through the vision tower and the embedding once.
+    """
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    states, arguments = _record(model, samples)
+    dense_states = list(states)
+    for index, layer in enumerate(_layers(model)):
+        name = f"{prefix}.layers.{index}"
+        dense = _dense_pass_(name, layer, dense_states, arguments[index], follow_dense) if follow_dense else None
+        yield Block(name, layer, states, arguments[index], dense)
+
+
+@torch.no_grad()
+def _dense_pass_(
+    name: str, layer: nn.Module, states: list[Tensor], arguments: list[Arguments], names: Sequence[str]
+) -> list[dict[str, Tensor]]:
+    """Run a layer before anything in it is changed. Returns its linears' inputs; `states` become its outputs."""
+    leaders = [group[0] for group in _steps(name, names)]
+    noted: list[dict[str, Tensor]] = []
+    for index, state in enumerate(states):
+        with _noted(name, layer, leaders, stop=False) as seen:
+            states[index] = layer(state, **arguments[index])
+        noted.append(seen)
+    return noted
+
+
+def _layers(model: GemmaModel) -> nn.ModuleList:
+    """The decoder layers of the language model, in order."""
+    return cast(nn.ModuleList, model.get_decoder().layers)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: notes what it is called with, and passes the hidden states on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: list[Tensor] = []
+        self.arguments: list[Arguments] = []
+
+    def forward(self, hidden_states: Tensor, **arguments: object) -> Tensor:
+        self.states.append(hidden_states)
+        self.arguments.append(arguments)
+        return hidden_states
+
+
+@torch.no_grad()
+def _record(model: GemmaModel, samples: Sequence[Sample]) -> tuple[list[Tensor], list[list[Arguments]]]:
+    """The hidden states that enter the first layer, and for every layer the other arguments of every sample."""
+    with _recorders(model) as recorders:
+        for sample in samples:
+            model(**model_inputs(model, sample), use_cache=False, logits_to_keep=1)
+            for recorder in recorders:
+                _share_last_(recorder.arguments)
+        return recorders[0].states, [recorder.arguments for recorder in recorders]
+
+
+@contextmanager
+def _recorders(model: GemmaModel) -> Generator[list[_Recorder]]:
+    decoder = model.get_decoder()
+    layers = _layers(model)
+    recorders = [_Recorder() for _ in layers]
+    decoder.layers = nn.ModuleList(recorders)
+    try:
+        yield recorders
+    finally:
+        decoder.layers = layers
+
+
+def _share_last_(arguments: list[Arguments]) -> None:
+    """Let a sample share masks and rotary tables with the one before it, where they are equal."""
+    if len(arguments) > 1 and _equal(*arguments[-2:]):
+        arguments[-1] = arguments[-2]
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.shape == other.shape and torch.equal(one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one is other or (isinstance(one, bool | int | float | str) and one == other)
+
+
+def model_inputs(model: GemmaModel, sample: Sample) -> dict[str, Tensor]:
+    """A sample as keyword arguments of the model's forward."""
+    embedding = cast(Tensor, model.get_input_embeddings().weight)
+    ids = sample.token_ids.to(embedding.device)
+    if sample.images is None:
+        return {"input_ids": ids}
+    return {
+        "input_ids": ids,
+        "pixel_values": sample.images.to(embedding.device, embedding.dtype),
+        "token_type_ids": (ids == model.config.image_token_id).long(),
+    }

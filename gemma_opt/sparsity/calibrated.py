@@ -1,0 +1,193 @@
+"""The methods that measure the model on data, one decoder layer at a time: Wanda, SparseGPT, and compact removal.
+
+In sequential order every linear is measured behind all that was pruned before it, inside its own layer too; in one_shot
+order behind dense weights only. A finished layer is kept in the store, and a build that was interrupted goes on from
+there: loaded weights and unchanged data give the hidden states, and so the result, that the first run would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from gemma_opt.calibration import CalibrationData, Moments, Sensitivity, measure_sensitivity, walk_layers
+from gemma_opt.errors import PlanError
+from gemma_opt.gemma import GemmaModel
+from gemma_opt.policy import Role, dropped_count, kept_channels, pool_size, role_of
+from gemma_opt.recipe import Compact, SparseGPT, Wanda, parse_n_m
+from gemma_opt.sparsity import masks, quadratic, scores, structured
+from gemma_opt.sparsity.allocation import sensitivity_counts
+from gemma_opt.sparsity.apply import _Drop, _prune_, _Run
+from gemma_opt.sparsity.sparsegpt import sparsegpt
+
+SENSITIVITY_SAMPLES = 8  # spread over the calibration set: 4,000 tokens settle a mean of squares, and a backward pass is dear
+_SENSITIVITY = "sensitivity"
+
+NewWeights = dict[str, Tensor]
+Change = Callable[[Sequence[str], dict[str, Moments]], NewWeights]  # linears with their moments → weights that replace theirs
+
+
+@_prune_.register
+def _(stage: Wanda, run: _Run) -> dict[str, _Drop]:
+    drops, sensitivity = _drops(stage, run)
+
+    def change(names: Sequence[str], moments: dict[str, Moments]) -> NewWeights:
+        return {name: _wanda(name, moments[name]) for name in names}
+
+    def _wanda(name: str, moments: Moments) -> Tensor:
+        weight = run.weights[name].detach()
+        score = scores.wanda(weight, moments.input_norm)
+        if sensitivity:
+            score = score * sensitivity[name].gradient_square.sqrt()[:, None]
+        pool = pool_size(stage, tuple(weight.shape))
+        return weight.masked_fill(~masks.of_pattern(score, stage.pattern, drops[name].count * pool // weight.numel()), 0)
+
+    _layer_by_layer_(stage, run, change, full=False)
+    return drops
+
+
+@_prune_.register
+def _(stage: SparseGPT, run: _Run) -> dict[str, _Drop]:
+    drops, sensitivity = _drops(stage, run)
+    pattern = parse_n_m(stage.pattern) or stage.pattern
+
+    def change(names: Sequence[str], moments: dict[str, Moments]) -> NewWeights:
+        problem = quadratic.damped(_hessian(moments[names[0]]), stage.damping)
+        return {name: _sparsegpt(name, moments[name], problem) for name in names}
+
+    def _sparsegpt(name: str, moments: Moments, problem: quadratic.Quadratic) -> Tensor:
+        weight = run.weights[name].detach()
+        wanted = quadratic.target(weight, moments, problem).masked_fill_(weight == 0, 0)
+        count = drops[name].count * pool_size(stage, tuple(weight.shape)) // weight.numel()
+        pruned = sparsegpt(wanted, problem, pattern, count, sensitivity[name].gradient_square if sensitivity else None)
+        if stage.refine:
+            pruned = quadratic.refine(pruned, pruned != 0, wanted, problem.hessian, stage.refine)
+        return pruned
+
+    _layer_by_layer_(stage, run, change, follow_dense=stage.match == "dense")
+    return drops
+
+
+@_prune_.register
+def _(stage: Compact, run: _Run) -> dict[str, _Drop]:
+    down_names = [name for name in run.weights if role_of(name) is Role.DOWN]
+    width = run.weights[down_names[0]].shape[1]
+    keep = kept_channels(stage, width)
+    sizes = {name: weight.numel() for name, weight in run.weights.items()}
+
+    def change(names: Sequence[str], moments: dict[str, Moments]) -> NewWeights:
+        (name,) = names
+        down = run.weights[name].detach()
+        gate, up = (name.replace("down_proj", other) for other in ("gate_proj", "up_proj"))
+        if stage.compensate:
+            problem = quadratic.damped(_hessian(moments[name]), stage.damping)
+            wanted = quadratic.target(down, moments[name], problem)
+            kept = structured.choose_channels(wanted, problem, keep)
+            narrow = structured.refit(wanted, problem, kept)
+        else:
+            score = scores.channel(down, moments[name].square.sqrt())
+            kept = masks.per_layer(score, width - keep).nonzero().flatten()
+            narrow = down[:, kept]
+        return {gate: run.weights[gate].detach()[kept], up: run.weights[up].detach()[kept], name: narrow}
+
+    _layer_by_layer_(
+        stage, run, change, measured=down_names, full=stage.compensate, follow_dense=stage.compensate and stage.match == "dense"
+    )
+    _need(run)[0].config.get_text_config().intermediate_size = keep  # what rebuilds the model from its checkpoint
+    return {name: _Drop(stage.ratio, size // width * (width - keep)) for name, size in sizes.items()}
+
+
+def _layer_by_layer_(
+    stage: Wanda | SparseGPT | Compact,
+    run: _Run,
+    change: Change,
+    *,
+    measured: Sequence[str] | None = None,
+    full: bool = True,
+    follow_dense: bool = False,
+) -> None:
+    """Measure, change and pass on every decoder layer. measured: the linears that `change` asks about; None: all planned."""
+    model, data = _need(run)
+    names, done = list(run.weights) if measured is None else measured, 0
+    for block in walk_layers(model, data.samples, follow_dense=names if follow_dense else ()):
+        finished = data.store.load(f"{stage.method}.{block.name}")
+        if stage.order == "one_shot":
+            moments = {} if finished else block.moments(names, full=full)
+            block.advance()
+            new = finished or _merge([change(step, moments) for step in block.steps(names)])
+            _set_all_(run, new)
+        else:
+            new = finished or {}
+            _set_all_(run, new)
+            for step in [] if finished else block.steps(names):
+                changed = change(step, block.moments(step, full=full))
+                _set_all_(run, changed)
+                new = new | changed
+            block.advance()
+        if not finished:
+            data.store.save(f"{stage.method}.{block.name}", {name: run.weights[name] for name in new})
+        done += len(new)
+        run.progress(done, len(run.weights), block.name)
+
+
+def _drops(stage: Wanda | SparseGPT, run: _Run) -> tuple[dict[str, _Drop], dict[str, Sensitivity] | None]:
+    """How much every layer gives up; and the sensitivities that decided it, where the stage asks for them."""
+    if stage.allocation == "uniform":
+        pools = {name: pool_size(stage, tuple(weight.shape)) for name, weight in run.weights.items()}
+        return {
+            name: _Drop(stage.ratio, dropped_count(pools[name], stage.ratio) * (weight.numel() // pools[name]))
+            for name, weight in run.weights.items()
+        }, None
+    measured = _sensitivity(run)
+
+    def importance(name: str) -> Tensor:
+        given = measured[name]
+        weight = run.weights[name].detach().float()
+        return weight.square() * given.input_square * given.gradient_square[:, None]
+
+    sizes = [weight.numel() for weight in run.weights.values()]
+    wished = masks.global_counts(lambda: map(importance, run.weights), dropped_count(sum(sizes), stage.ratio))
+    counts = sensitivity_counts(wished, sizes, stage.ratio)
+    return {name: _Drop(count / size, count) for name, size, count in zip(run.weights, sizes, counts, strict=True)}, measured
+
+
+def _sensitivity(run: _Run) -> dict[str, Sensitivity]:
+    """Measured once on the model as it enters the stage; kept in the store."""
+    model, data = _need(run)
+    names = list(run.weights)
+    saved = data.store.load(_SENSITIVITY)
+    if saved is None:
+        samples = data.samples[:: max(1, len(data.samples) // SENSITIVITY_SAMPLES)][:SENSITIVITY_SAMPLES]
+        found = measure_sensitivity(model, samples, names, lambda *_: None)
+        saved = {f"{name}.input_square": item.input_square for name, item in found.items()}
+        saved |= {f"{name}.gradient_square": item.gradient_square for name, item in found.items()}
+        data.store.save(_SENSITIVITY, saved)
+    return {name: Sensitivity(saved[f"{name}.input_square"], saved[f"{name}.gradient_square"]) for name in names}
+
+
+def _need(run: _Run) -> tuple[GemmaModel, CalibrationData]:
+    if run.data is None or run.model is None:
+        raise PlanError("a sparsity stage needs calibration data, and the pipeline was given none")
+    return cast(GemmaModel, run.model), run.data
+
+
+def _set_all_(run: _Run, new: NewWeights) -> None:
+    """Put new weights in place, in the dtype the model computes in; a linear's features follow its shape."""
+    for name, value in new.items():
+        parameter = run.weights[name]
+        parameter.data = value.to(parameter.dtype).contiguous()
+        linear = cast(GemmaModel, run.model).get_submodule(name)
+        if isinstance(linear, nn.Linear):
+            linear.out_features, linear.in_features = value.shape
+
+
+def _hessian(moments: Moments) -> Tensor:
+    if moments.hessian is None:
+        raise PlanError("a full Hessian is needed and was not measured")
+    return moments.hessian
+
+
+def _merge(parts: Sequence[NewWeights]) -> NewWeights:
+    return {name: value for part in parts for name, value in part.items()}

@@ -188,8 +188,11 @@ def test_a_broken_model_ends_the_engine_and_tells_the_client_nothing() -> None:
     with pytest.raises(EngineError) as caught:
         list(engine.submit(greedy(encode("text"))))
     assert str(caught.value) == "E4000 internal error"
-    engine.close()  # joins the thread, so that its traceback is reported within this test
+    deadline = time.monotonic() + 5
+    while engine.alive and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not engine.alive
+    engine.close()  # joins the thread, so that its traceback is reported within this test
     with pytest.raises(EngineClosed):
         engine.submit(greedy(encode("text")))
 

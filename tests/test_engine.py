@@ -191,6 +191,8 @@ def test_a_broken_model_ends_the_engine_and_tells_the_client_nothing() -> None:
     deadline = time.monotonic() + 5
     while engine.alive and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert not engine.alive
+    engine.close()  # joins the thread, so that its traceback is reported within this test
     with pytest.raises(EngineClosed):
         engine.submit(greedy(encode("text")))
 

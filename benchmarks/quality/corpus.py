@@ -95,7 +95,7 @@ def _docstrings() -> Iterator[str]:
 
 def _descriptions() -> Iterator[str]:
     for distribution in metadata.distributions():
-        text = distribution.metadata.get_payload()
+        text = distribution.metadata.json.get("description")
         if isinstance(text, str) and "changelog" not in text.lower()[:20_000]:
             yield text[:20_000]
 

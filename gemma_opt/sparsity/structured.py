@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gemma_opt.sparsity.quadratic import Quadratic
 
-ROUNDS = 128  # of the greedy choice: channels removed in one round are taken for independent of each other
+ROUNDS = 64  # of the greedy choice: channels removed in one round are taken for independent of each other
 
 
 def choose_channels(wanted: Tensor, quadratic: Quadratic, keep: int, row_weight: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # the harness and its librar
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports] an extra
 
     from gemma_opt.evaluation.lm_eval_adapter import CompressedLM, run_tasks
 

@@ -11,7 +11,7 @@ from math import floor
 from gemma_opt.policy import dropped_count
 
 MAX_SHARE = Fraction(19, 20)  # no layer loses more: an emptied layer cuts the network
-TRUST = Fraction(1, 2)  # in the measured sensitivities; benchmarks/quality/NOTES.md has the curve
+TRUST = Fraction(1, 2)  # in the measured sensitivities
 
 
 def layer_norm_counts(rms: Sequence[float], sizes: Sequence[int], ratio: float) -> list[int]:

@@ -213,7 +213,9 @@ def read_config(folder: Path) -> Gemma3Config | Gemma3TextConfig:
 def named_config(shape: str) -> GemmaConfig:
     """The config of a published size (`shapes.TEXT`). KeyError for another name."""
     text = Gemma3TextConfig.from_dict(dict(TEXT[shape]))
-    return Gemma3Config(text_config=text, vision_config=SiglipVisionConfig.from_dict(dict(SIGLIP))) if shape in PICTURED else text
+    return (
+        Gemma3Config(text_config=text, vision_config=SiglipVisionConfig.from_dict(dict(SIGLIP))) if shape in PICTURED else text
+    )
 
 
 def load_processing(folder: Path, config: Gemma3Config | Gemma3TextConfig) -> Processing:

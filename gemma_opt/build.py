@@ -92,6 +92,7 @@ def build(
     place = gemma.device_of(device)
     files = gemma.locate(recipe.model, base, network=True)
     loaded = gemma.load_base(files, gemma.DTYPES[recipe.model.dtype], place)
+    base_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     needed = make_plan(loaded.model, recipe).bytes + OVERHEAD_BYTES
     identity, data = files.identity(), None
     if recipe.needs_data and recipe.calibration:
@@ -104,7 +105,6 @@ def build(
         _refuse_broken_logits(loaded.model)
         layers = inspection.measure(loaded.model, plan)
         checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
-        parameters = plan.parameters
         del loaded
         service = Service.load(Source(recipe, folder), device)
         try:
@@ -118,7 +118,7 @@ def build(
             folder=out,
             recipe=recipe,
             seconds=time.monotonic() - started,
-            base_bytes=2 * parameters,
+            base_bytes=2 * base_parameters,
             bytes=checkpoint.weight_bytes(folder),
             sparsity=inspection.linear_sparsity(layers),
             base_quality=base_quality,

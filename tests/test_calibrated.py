@@ -424,6 +424,7 @@ def test_a_compact_checkpoint_is_the_model_that_was_saved(tmp_path: Path) -> Non
 def test_a_build_reports_its_data_and_leaves_no_work_behind(tmp_path: Path) -> None:
     recipe = Recipe.load("small-int8-sparse50", ("calibration.windows=8",))
     report = build(recipe, tmp_path / "out", questions=9, device="cpu")
+    assert report.base_bytes == 2 * 5_089_968  # of the model before its channels left
     assert report.sparsity >= 0.5
     assert report.quality is not None
     manifest = checkpoint.read_manifest(tmp_path / "out")

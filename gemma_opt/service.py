@@ -152,10 +152,10 @@ class Service:
         opened: list[Ready] = []
 
         def load_model() -> GemmaModel:
+            opened.append(open_model(source, device))  # verifies every hash, the compiled code's too
             if source.folder and recipe.compile.targets:
                 found = load_artifacts(source.folder / COMPILE_CACHE)
                 log.info("compiled code for this device: %s", "comes with the checkpoint" if found else "none, compiling now")
-            opened.append(open_model(source, device))
             return opened[0].model
 
         engine = ReferenceEngine(load_model, recipe.engine, recipe.compile, warm_up=lambda: _warm_up_request(opened[0]))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gemma_opt.errors import PlanError, WeightsError
+from gemma_opt.layout import float_dtype
 from gemma_opt.policy import plan, planned_weights, role_of
-from gemma_opt.quantization import Int8Linear, empty_like_plan_, quantize_, sanitize_, stored_dtype
+from gemma_opt.quantization import Int8Linear, empty_like_plan_, quantize_, sanitize_
 from tests.shapes import recipe, small_model, small_text_model
 
 UP = "model.layers.0.mlp.up_proj"
@@ -148,7 +149,7 @@ def test_float_formats_round_and_stay_plain(stored: str) -> None:
     quantize_(model, drawn)
     for name, after in model.state_dict().items():
         row = drawn[name.rpartition(".")[0]]
-        dtype = torch.float32 if row.role == "norm" else stored_dtype(drawn[UP].format)
+        dtype = torch.float32 if row.role == "norm" else float_dtype(drawn[UP].format)
         assert after.dtype == torch.float32
         assert torch.equal(after, before[name].to(dtype).float())
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from gemma_opt.errors import RecipeError, RecipeNotFound
-from gemma_opt.recipe import Gradual, Recipe, packaged_recipes
+from gemma_opt.recipe import Gradual, Int8, Recipe, packaged_recipes
 
 PRUNED = "small-int8-pruned"
 
@@ -32,7 +32,7 @@ def test_overrides_reach_into_lists_and_make_missing_sections() -> None:
         "small-bf16", ("sparsity=[{method: rows, ratio: 0.1}]", "sparsity.0.ratio=0.3", "quantization.roles.vision=int8")
     )
     assert recipe.sparsity[0].ratio == 0.3
-    assert recipe.quantization.roles.vision == "int8"
+    assert recipe.quantization.roles.vision == Int8()
 
 
 @pytest.mark.parametrize(

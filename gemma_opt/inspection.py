@@ -80,12 +80,12 @@ def to_json(layers: list[Layer]) -> dict[str, object]:
 def layer_table(title: str, layers: list[Layer]) -> Table:
     """The layers as a table for people, with a line of totals."""
     table = Table(title=title, title_justify="left", show_footer=True)
-    table.add_column("layer", footer=f"{len(layers)} layers", overflow="fold")
+    table.add_column("layer", footer=f"{len(layers)} layers", no_wrap=True)
     table.add_column("role", footer="")
     table.add_column("shape", footer=f"{_total(layers, 'parameters'):,} parameters", justify="right")
     table.add_column("format")
     table.add_column("asked", justify="right")
-    table.add_column("zeros", footer=f"{linear_sparsity(layers):.2%} of text linears", justify="right")
+    table.add_column("zeros", footer=f"{linear_sparsity(layers):.2%} (text)", justify="right")
     table.add_column("scales", justify="right")
     table.add_column("bytes", footer=f"{_total(layers, 'bytes'):,}", justify="right")
     for layer in layers:

@@ -12,7 +12,7 @@ from transformers import Gemma3ForCausalLM
 
 from gemma_opt.errors import CorruptCheckpoint, PlanError
 from gemma_opt.policy import Plan, PlanRow, Role, dropped_count, main_parameter, plan, planned_weights, role_of
-from gemma_opt.recipe import Tied
+from gemma_opt.recipe import Recipe, Tied
 from tests.shapes import gemma_1b, gemma_4b, gemma_270m, recipe, small_text_model
 
 TEXT_LINEARS = {Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT, Role.GATE, Role.UP, Role.DOWN}
@@ -104,6 +104,55 @@ def test_formats_and_bytes_of_4b_int8(plan_4b: Plan) -> None:
     assert plan_4b.bytes == 2 * 4_300_079_472 - saved
 
 
+def test_the_shared_int8_table_of_4b() -> None:
+    drawn = plan(gemma_4b(), recipe(dtype="bfloat16", default="int8", roles={"vision": "int8", "embedding": "int8"}))
+    table = drawn["model.language_model.embed_tokens"]
+    assert table.bytes == 262_208 * 2560 + 4 * 262_208
+    assert table in drawn.quantized()
+    assert (drawn["lm_head"].bytes, drawn["lm_head"].parameters) == (0, 0)
+    assert drawn.bytes == pytest.approx(4.315e9, rel=1e-4)
+
+
+@pytest.mark.parametrize(("group", "symmetric"), [(32, True), (64, False), (128, False)])
+def test_int4_bytes_of_4b(group: int, symmetric: bool) -> None:
+    drawn = plan(gemma_4b(), recipe(dtype="bfloat16", default={"format": "int4", "group": group, "symmetric": symmetric}))
+    up = drawn["model.language_model.layers.0.mlp.up_proj"]
+    groups = 10_240 * 2560 // group
+    assert up.bytes == 10_240 * 2560 // 2 + groups * (2 if symmetric else 3)
+    assert str(up.format) == f"int4 g{group}{' sym' if symmetric else ''}"
+
+
+def test_shapes_that_a_format_cannot_hold_are_listed_at_once() -> None:
+    """SigLIP's fc2 reads 4304 features, which no int4 group divides; nothing is skipped silently."""
+    with pytest.raises(PlanError) as caught:
+        plan(gemma_4b(), recipe(dtype="bfloat16", roles={"vision": "int4", "up": {"format": "int4", "group": 128}}))
+    lines = str(caught.value).splitlines()[1:]
+    assert lines == [
+        f"  model.vision_tower.encoder.layers.{layer}.mlp.fc2 [1152, 4304] cannot be int4 g32: "
+        "rows of 4304 do not divide into groups of 32"
+        for layer in range(27)
+    ]
+
+
+def test_shapes_are_judged_after_compact_removal() -> None:
+    model, compact = small_text_model(), {"method": "compact", "ratio": 0.3, "multiple": 32}
+    with pytest.raises(PlanError, match=r"down_proj \[32, 48\] cannot be int4 g32: rows of 48"):
+        plan(model, recipe(default="int4"))
+    rules = Recipe.from_tree(
+        {
+            "name": "narrow",
+            "model": {"base": "small-gemma3", "dtype": "float32"},
+            "calibration": {"source": ["charts"]},
+            "sparsity": [compact],
+            "quantization": {"default": "int4"},
+        },
+        "test",
+    )
+    drawn = plan(model, rules)
+    assert drawn["model.layers.0.mlp.down_proj"].shape == (32, 32)
+    assert drawn["model.layers.0.mlp.down_proj"].bytes == 32 * 16 + 32 * 3
+
+
 def test_prunable_of_4b(plan_4b: Plan) -> None:
     stage = recipe(MAGNITUDE, dtype="bfloat16").sparsity[0]
     assert len(plan_4b.prunable(stage)) == 238
@@ -143,9 +192,13 @@ def test_json_round_trip(plan_4b: Plan) -> None:
     assert Plan.from_json(json.loads(json.dumps(plan_4b.to_json()))) == plan_4b
 
 
-@pytest.mark.parametrize(
-    "damage", [{"role": "queen"}, {"format": "int3"}, {"shape": "wide"}, {"bytes": None}, {"colour": "red"}], ids=str
-)
+DAMAGE: tuple[dict[str, object], ...] = (
+    {"role": "queen"}, {"format": "int3"}, {"format": {"format": "int4", "group": 48}}, {"shape": "wide"}, {"bytes": None},
+    {"colour": "red"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=str)
 def test_damaged_json_is_refused(damage: dict[str, object]) -> None:
     rows = plan(small_text_model(), recipe()).to_json()
     with pytest.raises(CorruptCheckpoint, match=next(iter(damage))):

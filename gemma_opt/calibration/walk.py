@@ -82,6 +82,14 @@ class Block:
         return {name: means[group[0]] for group in groups for name in group}
 
     @torch.no_grad()
+    def inputs(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """What these linears receive as the layer now is, [tokens, in], a sample at a time. Linears with one input share it."""
+        groups = self.steps(names)
+        for state, arguments in zip(self._states, self._arguments, strict=True):
+            seen = _inputs(self, state, arguments, [group[0] for group in groups])
+            yield {name: seen[group[0]] for group in groups for name in group}
+
+    @torch.no_grad()
     def advance(self) -> None:
         """Run the layer as it now is; its outputs replace the hidden states (they enter the next layer)."""
         for index, (state, arguments) in enumerate(zip(self._states, self._arguments, strict=True)):

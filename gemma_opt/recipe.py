@@ -223,6 +223,53 @@ class Compact(_Section):
 SparsityStage = Annotated[Magnitude | Gradual | LayerNorm | Rows | Wanda | SparseGPT | Compact, Field(discriminator="method")]
 
 
+# Distillation
+
+TrainedRole = TextRole | Literal["norm", "embedding", "vision", "projector"]
+
+
+def _named(teacher: object) -> object:
+    return {"base": teacher} if isinstance(teacher, str) and teacher != "base" else teacher
+
+
+class Distill(_Section):
+    """Recovery training: the student learns the teacher's next-token distributions. Comes after sparsity, before quantization.
+
+    teacher: "base", the model before compression; or another Gemma 3 with the same tokenizer. data: as `calibration.source`;
+    `windows` of them are drawn and seen over and over, `batch` a step. steps: of the optimizer, in all; a gradual stage of S
+    steps gets equal shares of them for each of its first S − 1 pruning steps. Pruned weights stay exactly zero.
+    """
+
+    teacher: Annotated[Literal["base"] | BaseModelSection, BeforeValidator(_named)] = "base"
+    data: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
+    windows: int = Field(default=512, ge=1, le=1_000_000)
+    window_tokens: int = Field(default=256, ge=8, le=32_768)
+    seed: int = Field(default=0, ge=0, description="which windows, and their order")
+    steps: int = Field(ge=1, le=1_000_000)
+    batch: int = Field(default=8, ge=1, le=4096, description="windows an optimizer step")
+    micro_batch: int = Field(default=4, ge=1, le=4096, description="windows in memory at once; changes rounding only")
+    temperature: float = Field(default=1.0, ge=0.1, le=20)
+    top_k: int | None = Field(
+        default=64, ge=1, le=4096, description="teacher logits kept on disk; null: the teacher runs along"
+    )
+    hidden: float = Field(default=0.0, ge=0, le=100, description="weight of the hidden states' relative squared error")
+    learning_rate: float = Field(default=2e-4, gt=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    roles: tuple[TrainedRole, ...] = Field(default=(*TEXT_ROLES, "norm"), min_length=1, description="what is trained")
+    precision: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of products; weights train in float32")
+
+    @model_validator(mode="after")
+    def _hidden_states_need_the_teacher(self) -> Distill:
+        if self.hidden and self.top_k is not None:
+            raise ValueError("hidden states are not kept on disk: `hidden` needs top_k: null")
+        return self
+
+    @property
+    def calibration(self) -> Calibration:
+        """The data in the words of the calibration section."""
+        return Calibration(source=self.data, windows=self.windows, window_tokens=self.window_tokens, seed=self.seed)
+
+
 # Quantization, compilation, engine
 
 FloatFormat = Literal["fp32", "bf16", "fp16"]
@@ -290,6 +337,7 @@ class Recipe(_Section):
     model: BaseModelSection
     calibration: Calibration | None = None
     sparsity: tuple[SparsityStage, ...] = ()
+    distill: Distill | None = None
     quantization: Quantization = Quantization()
     compile: Compile = Compile()
     engine: EngineSection = EngineSection()
@@ -311,10 +359,30 @@ class Recipe(_Section):
             raise ValueError("sparsity: compact refits whole columns and would revive earlier zeros: put it first")
         return self
 
+    @model_validator(mode="after")
+    def _distillation_fits(self) -> Recipe:
+        if self.distill is None:
+            return self
+        if self.distill.precision == "float32" and self.model.dtype != "float32":
+            raise ValueError("distill: precision float32 needs model.dtype float32")
+        if self.distill.steps < self.recovery_phases:
+            raise ValueError(f"distill: {self.distill.steps} steps for {self.recovery_phases} phases of gradual pruning")
+        return self
+
+    @property
+    def recovery_phases(self) -> int:
+        """How many times the model is trained: after every step of a gradual stage but its last, and at the end."""
+        return 1 + sum(stage.schedule.steps - 1 for stage in self.sparsity if isinstance(stage, Gradual))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a stage reads the calibration section."""
+        return any(stage.needs_data for stage in self.sparsity)
+
     @property
     def needs_data(self) -> bool:
-        """Whether compressing needs calibration data: such a recipe is compressed at build time, never in setup()."""
-        return any(stage.needs_data for stage in self.sparsity)
+        """Whether compressing reads data: such a recipe is compressed at build time, never in setup()."""
+        return self.needs_calibration or self.distill is not None
 
     @classmethod
     def load(cls, source: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -347,7 +415,7 @@ class Recipe(_Section):
 
     def digest(self) -> str:
         """sha256 over all that decides the stored weights: not the name and description, nor how they are executed."""
-        unused = set[str]() if self.needs_data else {"calibration"}
+        unused = set[str]() if self.needs_calibration else {"calibration"}
         content = self.model_dump(mode="json", exclude={"name", "description", "compile", "engine"} | unused)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

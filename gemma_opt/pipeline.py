@@ -63,5 +63,6 @@ def compress(
     if recovery:
         recovery.train_(masked)
     planned = plans[-1].with_ratios(ratios)
-    quantize_(model, planned, lambda done, total, _: progress("quantize", done, total))
+    given = data and replace(data, store=data.store.section("quantize."))
+    quantize_(model, planned, lambda done, total, _: progress("quantize", done, total), given)
     return planned

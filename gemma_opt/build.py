@@ -171,7 +171,9 @@ def _load_teacher(files: gemma.BaseFiles, dtype: torch.dtype, device: torch.devi
 
 def _origin(recipe: Recipe, identity: dict[str, object], device: torch.device) -> dict[str, object]:
     """All that decides what a stage with data makes of a layer: work done for another origin is worth nothing."""
-    made_from = recipe.model_dump(mode="json", include={"model", "calibration", "sparsity", "distill", "quantization"})
+    made_from = recipe.model_dump(
+        mode="json", include={"model", "calibration", "sparsity", "lowrank", "distill", "quantization"}
+    )
     return {"recipe": made_from, "base": identity, "versions": checkpoint.versions(), "device": str(device)}
 
 

@@ -1,4 +1,4 @@
-"""The order in which a model is compressed: check, plan, sparsify, distill, quantize. Everything happens in place.
+"""The order in which a model is compressed: check, plan, sparsify, factorize, distill, quantize. In place.
 
 Each stage is reconciled with the plan by its own room; this module only knows who comes when.
 """
@@ -12,8 +12,9 @@ from gemma_opt.calibration import CalibrationData
 from gemma_opt.distill import DistillData, Recovery
 from gemma_opt.errors import NeedsBuild
 from gemma_opt.gemma import GemmaModel
+from gemma_opt.lowrank import factorize_
 from gemma_opt.policy import Plan, plan_stages, planned_weights
-from gemma_opt.quantization.weights import quantize_, sanitize_
+from gemma_opt.quantization.weights import quantize_, roundings, sanitize_
 from gemma_opt.recipe import Compact, Recipe
 from gemma_opt.sparsity.apply import sparsify_
 
@@ -60,9 +61,12 @@ def compress(
         )
         planned_weights(model, after.rows)  # raises where a stage left another shape than planned
         ratios |= {name: result.asked for name, result in results.items()}
+    planned = plans[len(recipe.sparsity)].with_ratios(ratios)
+    if recipe.lowrank:
+        given = data and replace(data, store=data.store.section("lowrank."))
+        planned = factorize_(model, recipe.lowrank, planned, lambda done, total, _: progress("low rank", done, total), given)
     if recovery:
-        recovery.train_(masked)
-    planned = plans[-1].with_ratios(ratios)
+        recovery.train_(masked, roundings(planned))
     given = data and replace(data, store=data.store.section("quantize."))
     quantize_(model, planned, lambda done, total, _: progress("quantize", done, total), given)
     return planned

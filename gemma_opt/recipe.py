@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -35,6 +35,7 @@ TEXT_ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 TextRole = Literal["query", "key", "value", "output", "gate", "up", "down"]
 PrunableRole = TextRole | Literal["vision"]
 Ratio = Annotated[float, Field(ge=0.01, le=0.8, allow_inf_nan=False)]
+_Role = TypeVar("_Role", bound=str)
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 
 
@@ -108,7 +109,7 @@ class _Stage(_Section):
         return self
 
 
-def _once(roles: tuple[PrunableRole, ...]) -> tuple[PrunableRole, ...]:
+def _once(roles: tuple[_Role, ...]) -> tuple[_Role, ...]:
     if len(set(roles)) != len(roles):
         raise ValueError("a role is named twice")
     return roles
@@ -225,6 +226,35 @@ class Compact(_Section):
 SparsityStage = Annotated[Magnitude | Gradual | LayerNorm | Rows | Wanda | SparseGPT | Compact, Field(discriminator="method")]
 
 
+# Low rank
+
+
+class LowRank(_Section):
+    """Replace each linear of the roles by two thin ones, left · right: a truncated singular value decomposition.
+
+    Exactly one of ratio (of the weights that go) and energy (share of the squared singular values that stays, rounded up)
+    sets the rank, a multiple of `multiple`. whiten: decompose the weight times the Cholesky factor of its inputs' second
+    moments, so that the output is kept on the calibration data and not the weight. Source: Wang et al. 2024, arXiv:2403.07378.
+    """
+
+    roles: Annotated[tuple[TextRole, ...], AfterValidator(_once)] = Field(min_length=1)
+    ratio: Ratio | None = None
+    energy: float | None = Field(default=None, gt=0, lt=1)
+    whiten: bool = True
+    damping: float = Field(default=0.01, gt=0, le=1)
+    multiple: int = Field(default=8, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> LowRank:
+        if (self.ratio is None) == (self.energy is None):
+            raise ValueError("give exactly one of ratio and energy")
+        return self
+
+
+def _listed(sections: object) -> object:
+    return [sections] if isinstance(sections, dict) else sections
+
+
 # Distillation
 
 TrainedRole = TextRole | Literal["norm", "embedding", "vision", "projector"]
@@ -235,7 +265,8 @@ def _named(teacher: object) -> object:
 
 
 class Distill(_Section):
-    """Recovery training: the student learns the teacher's next-token distributions. Comes after sparsity, before quantization.
+    """Recovery training: the student learns the teacher's next-token distributions. Comes after sparsity and low rank,
+    before quantization.
 
     teacher: "base", the model before compression; or another Gemma 3 with the same tokenizer. data: as `calibration.source`;
     `windows` of them are drawn and seen over and over, `batch` a step. steps: of the optimizer, in all; a gradual stage of S
@@ -251,19 +282,18 @@ class Distill(_Section):
     batch: int = Field(default=8, ge=1, le=4096, description="windows an optimizer step")
     micro_batch: int = Field(default=4, ge=1, le=4096, description="windows in memory at once; changes rounding only")
     temperature: float = Field(default=1.0, ge=0.1, le=20)
-    top_k: int | None = Field(
-        default=64, ge=1, le=4096, description="teacher logits kept on disk; null: the teacher runs along"
-    )
+    top_k: int = Field(default=64, ge=0, le=4096, description="teacher logits kept on disk; 0: all, the teacher runs along")
     hidden: float = Field(default=0.0, ge=0, le=100, description="weight of the hidden states' relative squared error")
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     roles: tuple[TrainedRole, ...] = Field(default=(*TEXT_ROLES, "norm"), min_length=1, description="what is trained")
     precision: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of products; weights train in float32")
+    quantized: bool = Field(default=False, description="train linears behind the rounding that the quantization section does")
 
     @model_validator(mode="after")
     def _hidden_states_need_the_teacher(self) -> Distill:
-        if self.hidden and self.top_k is not None:
-            raise ValueError("hidden states are not kept on disk: `hidden` needs top_k: null")
+        if self.hidden and self.top_k:
+            raise ValueError("hidden states are not kept on disk: `hidden` needs top_k: 0")
         return self
 
     @property
@@ -430,6 +460,7 @@ class Recipe(_Section):
     model: BaseModelSection
     calibration: Calibration | None = None
     sparsity: tuple[SparsityStage, ...] = ()
+    lowrank: Annotated[tuple[LowRank, ...], BeforeValidator(_listed)] = ()
     distill: Distill | None = None
     quantization: Quantization = Quantization()
     compile: Compile = Compile()
@@ -445,12 +476,23 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _data_is_there(self) -> Recipe:
         needing: list[str] = [stage.method for stage in self.sparsity if stage.needs_data]
+        needing += ["lowrank with whiten"] * any(section.whiten for section in self.lowrank)
         needing += sorted({str(stored) for stored in self.quantization.formats().values() if stored.needs_data})
         if needing and self.calibration is None:
             raise ValueError(f"{', '.join(needing)} need data: add a section `calibration: {{source: [text.txt]}}`")
         methods = [stage.method for stage in self.sparsity]
         if "compact" in methods[1:] and set(methods[: len(methods) - methods[::-1].index("compact")]) != {"compact"}:
             raise ValueError("sparsity: compact refits whole columns and would revive earlier zeros: put it first")
+        return self
+
+    @model_validator(mode="after")
+    def _low_rank_keeps_what_is_there(self) -> Recipe:
+        named = [role for section in self.lowrank for role in section.roles]
+        if twice := sorted({role for role in named if named.count(role) > 1}):
+            raise ValueError(f"lowrank: {', '.join(twice)} named twice")
+        zeroed = {role for stage in self.sparsity if not isinstance(stage, Compact) for role in stage.roles}
+        if lost := [role for role in named if role in zeroed]:
+            raise ValueError(f"lowrank: the factors of {', '.join(lost)} would be dense, and the zeros of sparsity lost")
         return self
 
     @model_validator(mode="after")
@@ -472,7 +514,11 @@ class Recipe(_Section):
     def needs_calibration(self) -> bool:
         """Whether a stage or a format reads the calibration section."""
         formats = self.quantization.formats().values()
-        return any(stage.needs_data for stage in self.sparsity) or any(stored.needs_data for stored in formats)
+        return (
+            any(stage.needs_data for stage in self.sparsity)
+            or any(section.whiten for section in self.lowrank)
+            or any(stored.needs_data for stored in formats)
+        )
 
     @property
     def needs_data(self) -> bool:

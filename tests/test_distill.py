@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from gemma_opt.calibration import Sample, Store, draw_samples
 from gemma_opt.distill import DistillData
 from gemma_opt.distill.batches import collate, counted_positions, windows_of_step
 from gemma_opt.distill.losses import full_loss, hidden_loss, top_k, top_k_loss
+from gemma_opt.distill.rounding import rounded
 from gemma_opt.distill.training import learning_rate, phases, trained_parameters
 from gemma_opt.errors import BaseModelError, NeedsBuild, PlanError, RecipeError, WeightsError
 from gemma_opt.policy import dropped_count
@@ -164,8 +166,8 @@ def test_padding_changes_no_prediction() -> None:
 
 
 @pytest.mark.parametrize("roles", [["down", "norm"], ["query", "embedding"]], ids=str)
-@pytest.mark.parametrize("top_k", [None, 127])
-def test_a_step_is_the_plain_loops(roles: list[str], top_k: int | None) -> None:
+@pytest.mark.parametrize("top_k", [0, 127])
+def test_a_step_is_the_plain_loops(roles: list[str], top_k: int) -> None:
     """Slices of logits, gradients in closed form and kept teachers change nothing but the memory."""
     recipe = rules(MAGNITUDE | {"roles": ["up"]}, roles=roles, top_k=top_k, steps=1, batch=4, micro_batch=3)
     model = trained(recipe)
@@ -191,9 +193,7 @@ def test_a_step_is_the_plain_loops(roles: list[str], top_k: int | None) -> None:
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    "section", [{}, {"top_k": None, "hidden": 0.5}, {"precision": "bfloat16", "temperature": 2.0}], ids=str
-)
+@pytest.mark.parametrize("section", [{}, {"top_k": 0, "hidden": 0.5}, {"precision": "bfloat16", "temperature": 2.0}], ids=str)
 def test_training_wins_back_what_pruning_lost(section: dict[str, object]) -> None:
     dense, pruned = small_text_model(), small_text_model()
     pipeline.compress(pruned, Recipe.from_tree(rules(MAGNITUDE).model_dump(exclude={"distill"}), "test"))
@@ -210,7 +210,7 @@ def test_training_wins_back_what_pruning_lost(section: dict[str, object]) -> Non
 def test_only_the_named_roles_move_and_everything_else_is_as_it_was() -> None:
     model = small_text_model()
     model.lm_head.weight.requires_grad_(False)
-    trained(rules(MAGNITUDE | {"roles": ["up"]}, roles=["gate", "norm"], top_k=None), model=model)
+    trained(rules(MAGNITUDE | {"roles": ["up"]}, roles=["gate", "norm"], top_k=0), model=model)
     for name, parameter in model.named_parameters():
         named = "gate_proj" in name or "norm" in name or "up_proj" in name
         assert torch.equal(parameter, small_text_model().get_parameter(name)) != named, name
@@ -229,12 +229,12 @@ def test_norms_of_the_vision_tower_are_not_the_decoders() -> None:
 
 def test_a_bfloat16_model_trains_in_float32_and_stays_bfloat16() -> None:
     model = small_text_model().to(torch.bfloat16)
-    trained(rules(dtype="bfloat16", precision="bfloat16", learning_rate=0.001, top_k=None), model=model)
+    trained(rules(dtype="bfloat16", precision="bfloat16", learning_rate=0.001, top_k=0), model=model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_a_kept_teacher_with_every_token_is_the_running_one() -> None:
-    one, other = (trained(rules(MAGNITUDE, top_k=k)) for k in (127, None))
+    one, other = (trained(rules(MAGNITUDE, top_k=k)) for k in (127, 0))
     for (name, parameter), (_, same) in zip(one.named_parameters(), other.named_parameters(), strict=True):
         torch.testing.assert_close(parameter, same, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -249,7 +249,7 @@ def test_a_teacher_that_does_not_fit_is_refused_with_every_reason() -> None:
     teacher = small_text_model()
     teacher.config.vocab_size, teacher.config.hidden_size = 4096, 64
     with pytest.raises(PlanError) as caught:
-        trained(rules(top_k=None, hidden=1.0), DistillData(samples(), Store(), lambda: teacher))
+        trained(rules(top_k=0, hidden=1.0), DistillData(samples(), Store(), lambda: teacher))
     assert "its vocabulary has 4,096 tokens, the student's 128" in str(caught.value)
     assert "it has (2, 64) layers and width, the student (2, 32)" in str(caught.value)
 
@@ -263,9 +263,7 @@ def test_a_text_teacher_is_refused_for_pictures() -> None:
 
 def test_a_training_that_diverges_is_an_error() -> None:
     with pytest.raises(WeightsError, match="lower learning_rate"):
-        trained(
-            rules(MAGNITUDE, learning_rate=1.0, steps=50, weight_decay=1.0, roles=["norm"], top_k=None), model=broken_model()
-        )
+        trained(rules(MAGNITUDE, learning_rate=1.0, steps=50, weight_decay=1.0, roles=["norm"], top_k=0), model=broken_model())
 
 
 def broken_model() -> Gemma3ForCausalLM:
@@ -273,6 +271,55 @@ def broken_model() -> Gemma3ForCausalLM:
     model = small_text_model()
     model.model.norm.weight.data.fill_(1e38)
     return model
+
+
+# Behind the quantizer's rounding
+
+
+INT4 = {"format": "int4", "group": 32}
+
+
+def int4_rules(**section: object) -> Recipe:
+    tree = rules(MAGNITUDE | {"ratio": 0.3, "roles": ["up"]}, **section).model_dump(mode="json", exclude_none=True)
+    tree["quantization"] = {"default": "fp32", "roles": dict.fromkeys(["query", "gate", "up"], INT4) | {"embedding": "fp32"}}
+    return Recipe.from_tree(tree, "test")
+
+
+def test_training_behind_the_rounding_makes_a_better_quantized_model() -> None:
+    section = {"steps": 80, "learning_rate": 0.003, "roles": ["query", "gate", "up"]}
+    dense = small_text_model()
+    aware, blind = (trained(int4_rules(quantized=flag, **section)) for flag in (True, False))
+    assert mean_kl(aware, dense) < 0.75 * mean_kl(blind, dense)
+    up = aware.get_submodule("model.layers.0.mlp.up_proj").dequantize()
+    assert int((up == 0).sum()) >= dropped_count(up.numel(), 0.3)
+
+
+def test_the_student_computes_with_the_weights_the_quantizer_will_store() -> None:
+    losses: list[float] = []
+
+    def note(title: str, done: int, total: int) -> None:
+        if "loss" in title:
+            losses.append(float(title.rpartition(" ")[2]))
+
+    def quantized_kl(recipe: Recipe) -> float:
+        model = small_text_model()
+        pipeline.compress(model, recipe, note, None, DistillData(samples(), Store()))
+        return mean_kl(model, small_text_model())
+
+    recipe = int4_rules(steps=1, batch=8, micro_batch=3, learning_rate=1e-9, top_k=0, quantized=True)
+    assert quantized_kl(recipe) == pytest.approx(losses[0], abs=6e-5)  # the loss before the step is the quantized model's
+
+
+def test_after_training_linears_are_what_they_were() -> None:
+    model = small_text_model()
+    linear = cast(nn.Linear, model.get_submodule("model.layers.0.mlp.up_proj"))
+    with rounded(model, {"model.layers.0.mlp.up_proj": torch.zeros_like}):
+        assert not linear(torch.ones(1, 32)).any()
+        linear(torch.ones(1, 32)).sum().backward()
+    assert torch.equal(linear.weight.grad, torch.ones_like(linear.weight))  # as if there were no rounding
+    assert linear(torch.ones(1, 32)).any()
+    with pytest.raises(PlanError, match="not a linear"), rounded(model, {"model.norm": torch.zeros_like}):
+        pass
 
 
 # Gradual pruning
@@ -352,7 +399,7 @@ def test_a_training_goes_on_after_a_kill_with_the_same_result(at: str, tmp_path:
         ({"data": []}, "distill.data"),
         ({"steps": 0}, "distill.steps"),
         ({"temperature": 0}, "distill.temperature"),
-        ({"hidden": 1.0}, "`hidden` needs top_k: null"),
+        ({"hidden": 1.0}, "`hidden` needs top_k: 0"),
         ({"roles": ["head"]}, "distill.roles.0"),
         ({"teacher": "google/gemma-3-4b-it", "revision": "x"}, "distill.revision: unknown key"),
         ({"teacher": {"base": "folder", "revision": "0" * 40}}, "a revision pins a hub id"),

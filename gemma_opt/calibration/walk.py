@@ -105,7 +105,11 @@ class Block:
 
 def _steps(layer_name: str, names: Sequence[str]) -> list[list[str]]:
     own = [name for name in names if name.startswith(f"{layer_name}.")]
-    groups = [[name for name in own if role_of(name) in step] for step in STEPS]
+    groups: list[list[str]] = []
+    for step in STEPS:
+        members = [name for name in own if role_of(name) in step]
+        groups.append([name for name in members if not name.endswith(".left")])
+        groups += ([name] for name in members if name.endswith(".left"))  # low rank: it reads what its own right gives
     return [group for group in groups if group]
 
 

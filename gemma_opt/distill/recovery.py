@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gemma_opt.calibration import Sample, Store
+from gemma_opt.distill.rounding import Rounding
 from gemma_opt.distill.teacher import make_teacher
 from gemma_opt.distill.training import SAVE_EVERY_S, Student, distill_, phases
 from gemma_opt.gemma import GemmaModel
@@ -44,13 +45,16 @@ class Recovery:
             model, data.load_teacher, section, data.samples, data.store, lambda done, total: progress("teacher", done, total)
         )
 
-    def train_(self, masked: frozenset[str]) -> list[float]:
-        """The next phase, in place; masked: modules whose zeros stay zero. Returns the loss of every step."""
+    def train_(self, masked: frozenset[str], roundings: Mapping[str, Rounding] | None = None) -> list[float]:
+        """The next phase, in place. Returns the loss of every step.
+
+        masked: modules whose zeros stay zero; roundings: how the named linears will be stored, used if the section says so.
+        """
         phase = self._phases[self._done]
         self._done += 1
         title = f"distill {self._done}/{len(self._phases)}"
         return distill_(
-            Student(self._model, masked),
+            Student(self._model, masked, (roundings or {}) if self._section.quantized else {}),
             self._teacher,
             self._section,
             phase,

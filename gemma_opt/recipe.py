@@ -283,6 +283,7 @@ class Distill(_Section):
     micro_batch: int = Field(default=4, ge=1, le=4096, description="windows in memory at once; changes rounding only")
     temperature: float = Field(default=1.0, ge=0.1, le=20)
     top_k: int = Field(default=64, ge=0, le=4096, description="teacher logits kept on disk; 0: all, the teacher runs along")
+    negatives: int = Field(default=0, ge=0, description="tokens drawn to stand for those no teacher of the batch likes; 0: all")
     hidden: float = Field(default=0.0, ge=0, le=100, description="weight of the hidden states' relative squared error")
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
@@ -291,9 +292,11 @@ class Distill(_Section):
     quantized: bool = Field(default=False, description="train linears behind the rounding that the quantization section does")
 
     @model_validator(mode="after")
-    def _hidden_states_need_the_teacher(self) -> Distill:
+    def _terms_fit_each_other(self) -> Distill:
         if self.hidden and self.top_k:
             raise ValueError("hidden states are not kept on disk: `hidden` needs top_k: 0")
+        if self.negatives and not self.top_k:
+            raise ValueError("`negatives` stand beside a teacher's top_k, and that is 0")
         return self
 
     @property

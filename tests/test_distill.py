@@ -20,7 +20,7 @@ from gemma_opt.build import build
 from gemma_opt.calibration import Sample, Store, draw_samples
 from gemma_opt.distill import DistillData
 from gemma_opt.distill.batches import collate, counted_positions, windows_of_step
-from gemma_opt.distill.losses import full_loss, hidden_loss, top_k, top_k_loss
+from gemma_opt.distill.losses import draw_vocabulary, full_loss, hidden_loss, top_k, top_k_loss
 from gemma_opt.distill.rounding import rounded
 from gemma_opt.distill.training import learning_rate, phases, trained_parameters
 from gemma_opt.errors import BaseModelError, NeedsBuild, PlanError, RecipeError, WeightsError
@@ -103,6 +103,24 @@ def test_the_top_k_loss_is_the_kl_of_k_tokens_and_the_rest(k: int, temperature: 
         torch.testing.assert_close(found.value, full_loss(student.detach(), teacher, temperature).value, rtol=1e-4, atol=1e-4)
 
 
+def test_drawn_tokens_stand_for_all_others() -> None:
+    """The sum over the vocabulary is right on the average of many draws, and exactly where everything is drawn."""
+    student, known = logits(0).float(), torch.tensor([[3, 9], [9, 30]])
+    whole = (student / 2).logsumexp(-1)
+    sums: list[Tensor] = []
+    for seed in range(400):
+        drawn = draw_vocabulary(known, 40, 8, torch.Generator().manual_seed(seed))
+        assert len(drawn.rows) == 11
+        assert set(drawn.rows.tolist()) >= {3, 9, 30}
+        assert drawn.weight.sum() == pytest.approx(40)
+        assert (drawn.weight[drawn.place(known).long()] == 1).all()
+        sums.append((drawn.level(student[:, drawn.rows], 2.0) / 2).exp().sum(-1))
+    torch.testing.assert_close(torch.stack(sums).mean(0).log(), whole, rtol=0, atol=0.05)
+    every = draw_vocabulary(known, 40, 1000, torch.Generator())
+    assert every.rows.tolist() == list(range(40))
+    torch.testing.assert_close((every.level(student, 2.0) / 2).logsumexp(-1), whole)
+
+
 def test_a_certain_student_and_a_certain_teacher_give_finite_losses() -> None:
     student, teacher = torch.tensor([[500.0, 0, 0], [0, 500.0, 0]]), torch.tensor([[0, 0, 500.0], [0, 500.0, 0]])
     for found in (full_loss(student, teacher, 1.0), top_k_loss(student, top_k(teacher, 1, 1.0), 1.0)):
@@ -166,10 +184,10 @@ def test_padding_changes_no_prediction() -> None:
 
 
 @pytest.mark.parametrize("roles", [["down", "norm"], ["query", "embedding"]], ids=str)
-@pytest.mark.parametrize("top_k", [0, 127])
-def test_a_step_is_the_plain_loops(roles: list[str], top_k: int) -> None:
-    """Slices of logits, gradients in closed form and kept teachers change nothing but the memory."""
-    recipe = rules(MAGNITUDE | {"roles": ["up"]}, roles=roles, top_k=top_k, steps=1, batch=4, micro_batch=3)
+@pytest.mark.parametrize("teacher_section", [{"top_k": 0}, {"top_k": 127}, {"top_k": 127, "negatives": 127}], ids=str)
+def test_a_step_is_the_plain_loops(roles: list[str], teacher_section: dict[str, object]) -> None:
+    """Slices of logits, gradients in closed form, kept teachers and drawn tokens change nothing but the memory."""
+    recipe = rules(MAGNITUDE | {"roles": ["up"]}, roles=roles, **teacher_section, steps=1, batch=4, micro_batch=3)
     model = trained(recipe)
     expected = small_text_model()
     teacher = copy.deepcopy(expected)
@@ -400,6 +418,7 @@ def test_a_training_goes_on_after_a_kill_with_the_same_result(at: str, tmp_path:
         ({"steps": 0}, "distill.steps"),
         ({"temperature": 0}, "distill.temperature"),
         ({"hidden": 1.0}, "`hidden` needs top_k: 0"),
+        ({"negatives": 10, "top_k": 0}, "`negatives` stand beside a teacher's top_k"),
         ({"roles": ["head"]}, "distill.roles.0"),
         ({"teacher": "google/gemma-3-4b-it", "revision": "x"}, "distill.revision: unknown key"),
         ({"teacher": {"base": "folder", "revision": "0" * 40}}, "a revision pins a hub id"),

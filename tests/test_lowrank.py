@@ -111,10 +111,11 @@ def test_a_plain_section_needs_no_data() -> None:
 
 
 def test_whitening_measures_behind_what_was_factorized_before() -> None:
-    model, dense = factorized(rules({"roles": ["up", "down"], "ratio": 0.5, "multiple": 1})), small_text_model()
-    for name, rank in (("model.layers.0.mlp.down_proj", 10), (UP, 10)):
+    model, dense = factorized(rules({"roles": ["query", "up"], "ratio": 0.5, "multiple": 1})), small_text_model()
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj", UP]
+    for number, (name, rank) in enumerate(zip(names, (8, 10, 8, 10), strict=True)):
         twin = small_text_model()  # what the layer reads: every earlier one replaced, itself still dense
-        for earlier in ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")[: 1 if "0" in name else 2]:
+        for earlier in names[:number]:
             twin.set_submodule(earlier, model.get_submodule(earlier))
         x = plain_inputs(twin, samples(), name)
         weight = dense.get_parameter(f"{name}.weight").detach()
@@ -192,7 +193,14 @@ def test_later_walks_know_that_left_reads_what_right_gives() -> None:
     moments = block.moments(names)
     for name in names:
         x = plain_inputs(model, samples(), name)
-        torch.testing.assert_close(moments[name].hessian, x.T @ x / len(x))
+        weight = torch.ones(1)
+        if "down" in name:  # both factors' tokens count by what the whole linear gives
+            weight = 1 / model.get_submodule(name)(x).detach().square().mean(dim=1, keepdim=True)
+        torch.testing.assert_close(moments[name].hessian, (weight * x).T @ x / len(x))
+    name = "model.layers.0.mlp.down_proj.right"
+    x = plain_inputs(model, samples(), name)
+    weight = 1 / model.get_submodule("model.layers.0.mlp.down_proj")(x).detach().square().mean(dim=1, keepdim=True)
+    torch.testing.assert_close(block.moments([name])[name].hessian, (weight * x).T @ x / len(x))
 
 
 class Killed(Exception):

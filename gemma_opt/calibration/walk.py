@@ -92,7 +92,8 @@ class Block:
         """[tokens, 1], or None: every token counts alike. See `NORMALISED`."""
         if role_of(leader) not in NORMALISED:
             return None
-        output = self.layer.get_submodule(leader.removeprefix(f"{self.name}."))(x).float()
+        path = leader.removeprefix(f"{self.name}.").removesuffix(".right")  # low rank: what left makes of it is normalised
+        output = self.layer.get_submodule(path)(x).float()
         return 1 / output.square().mean(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ must be made while the teacher is still there, that is before the first stage ch
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from gemma_opt.calibration import Sample, Store
 from gemma_opt.distill.batches import Batch, collate
-from gemma_opt.distill.losses import Loss, TopK, full_loss, top_k, top_k_loss
+from gemma_opt.distill.losses import Loss, TopK, Vocabulary, draw_vocabulary, full_loss, top_k, top_k_loss
 from gemma_opt.errors import PlanError
 from gemma_opt.gemma import PICTURE_TOKENS, GemmaModel
 from gemma_opt.recipe import Distill
@@ -29,9 +30,14 @@ Progress = Callable[[int, int], None]  # windows done, windows in all
 
 @dataclass(frozen=True)
 class Seen:
-    """What a teacher says about one batch. loss(student's logits, slice of the counted positions); hidden: states or None."""
+    """What a teacher says about one batch.
+
+    loss: of the student's logits for a slice of the counted positions; rows: of the head that these logits are for, None for
+    all; hidden: the teacher's states, None where they are not compared.
+    """
 
     loss: Callable[[Tensor, slice], Loss]
+    rows: Tensor | None = None
     hidden: tuple[Tensor, ...] | None = None
 
 
@@ -65,7 +71,7 @@ class RunningTeacher:
                 return found
             return Loss(found.value, nn.functional.pad(found.gradient, (0, student.shape[-1] - known)))
 
-        return Seen(loss, output.hidden_states if self._section.hidden else None)
+        return Seen(loss, None, output.hidden_states if self._section.hidden else None)
 
     @torch.no_grad()
     def top_k(self, batch: Batch, k: int, vocabulary: int) -> list[TopK]:
@@ -82,18 +88,39 @@ class RunningTeacher:
 
 
 class KeptTeacher:
-    """The teacher's likeliest tokens for every window, read back from the store they were written to."""
+    """The teacher's likeliest tokens for every window, read back from the store they were written to.
 
-    def __init__(self, kept: Sequence[TopK], temperature: float) -> None:
+    vocabulary: of the student.
+    """
+
+    def __init__(self, kept: Sequence[TopK], section: Distill, vocabulary: int) -> None:
         self._kept = kept
-        self._temperature = temperature
+        self._section = section
+        self._vocabulary = vocabulary
 
     def look(self, batch: Batch) -> Seen:
         """The batch's windows put together, in its own order."""
-        kept = [self._kept[window] for window in batch.windows]
-        tokens = torch.cat([window.tokens for window in kept]).to(batch.counted.device)
-        log_probabilities = torch.cat([window.log_probabilities for window in kept]).to(batch.counted.device)
-        return Seen(lambda student, at: top_k_loss(student, TopK(tokens[at], log_probabilities[at]), self._temperature))
+        kept, temperature, device = (
+            [self._kept[window] for window in batch.windows],
+            self._section.temperature,
+            batch.counted.device,
+        )
+        tokens = torch.cat([window.tokens for window in kept])
+        values = torch.cat([window.log_probabilities for window in kept]).to(device)
+        if not self._section.negatives:
+            tokens = tokens.to(device)
+            return Seen(lambda student, at: top_k_loss(student, TopK(tokens[at], values[at]), temperature))
+        drawn = draw_vocabulary(tokens, self._vocabulary, self._section.negatives, self._generator(batch))
+        placed, part = drawn.place(tokens).to(device), Vocabulary(drawn.rows.to(device), drawn.weight.to(device))
+
+        def loss(student: Tensor, at: slice) -> Loss:
+            return top_k_loss(part.level(student, temperature), TopK(placed[at], values[at]), temperature)
+
+        return Seen(loss, part.rows)
+
+    def _generator(self, batch: Batch) -> torch.Generator:
+        """Of the batch's windows alone, so that a training that goes on draws what it would have drawn."""
+        return torch.Generator().manual_seed(random.Random(f"{self._section.seed}/{batch.windows}").getrandbits(63))
 
 
 def make_teacher(
@@ -121,7 +148,7 @@ def make_teacher(
         kept = _keep(RunningTeacher(teacher, section), kept, section, samples, vocabulary, store, progress)
         for parameter in was_trained:
             parameter.requires_grad_()
-    return KeptTeacher(kept, section.temperature)
+    return KeptTeacher(kept, section, student.config.get_text_config().vocab_size)
 
 
 def decoder(model: GemmaModel) -> nn.Module:

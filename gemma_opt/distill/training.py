@@ -229,7 +229,7 @@ class _Run:
         """Loss over states [counted, width] and its gradient there; the head's own is added to it, where it is trained."""
         if self._embedding.requires_grad:
             self._table = head_table(self._model, self._section)
-        table = self._table
+        table = self._table if seen.rows is None else self._table[seen.rows]
         gradient, loss = torch.empty_like(states), 0.0
         for at in range(0, len(states), POSITIONS):
             piece = slice(at, at + POSITIONS)
@@ -239,9 +239,16 @@ class _Run:
             slope = (found.gradient / positions).to(table.dtype)
             gradient[piece] = (slope @ table).to(gradient.dtype)
             if self._embedding.requires_grad:
-                own = (slope.T @ given).float()
-                self._embedding.grad = own if self._embedding.grad is None else self._embedding.grad.add_(own)
+                self._add_head_gradient((slope.T @ given).float(), seen.rows)
         return loss, gradient
+
+    def _add_head_gradient(self, gradient: Tensor, rows: Tensor | None) -> None:
+        if self._embedding.grad is None:
+            self._embedding.grad = torch.zeros_like(self._embedding)
+        if rows is None:
+            self._embedding.grad += gradient
+        else:
+            self._embedding.grad.index_add_(0, rows, gradient)
 
     # Going on after a kill
 

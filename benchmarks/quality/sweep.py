@@ -98,7 +98,7 @@ def recipe_of(entry: Entry, base: str, scratch: Path) -> Recipe:
     tree["quantization"] = {"default": "fp32", "roles": {"embedding": "fp32"}} | dict(entry.get("quantization", {}))  # type: ignore[call-overload]
     if entry.get("calibrated"):
         sources = [str(path) for path in corpus.write_calibration(scratch / "calibration")]
-        tree["calibration"] = CALIBRATION | {"source": sources}
+        tree["calibration"] = CALIBRATION | {"source": sources} | dict(entry.get("calibration", {}))  # type: ignore[call-overload]
     return Recipe.from_tree(tree, str(entry["name"]))
 
 

@@ -1,7 +1,8 @@
 """One build: compress, save, answer once, evaluate, and only then put the folder in its place.
 
-Everything is written into a hidden folder beside the target. Layers pruned with calibration data are kept in another one,
-`.<name>.work`, until the build is done: the same build started again after a kill goes on where it was. The model that is
+Everything is written into a hidden folder beside the target. Layers pruned with calibration data, teachers' answers and
+the state of a training are kept in another one, `.<name>.work`, until the build is done: the same build started again
+after a kill goes on where it was. The model that is
 evaluated is the one loaded back from the folder through the service, so one that cannot be served is never finished.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from gemma_opt import checkpoint, gemma, inspection, pipeline
 from gemma_opt.calibration import CalibrationData, Store, draw_samples, sources_identity
+from gemma_opt.distill import DistillData
 from gemma_opt.engine.compilation import save_artifacts
 from gemma_opt.errors import WeightsError
 from gemma_opt.evaluation.perplexity import answer_perplexity, builtin_text, text_perplexity
@@ -94,14 +97,11 @@ def build(
     loaded = gemma.load_base(files, gemma.DTYPES[recipe.model.dtype], place)
     base_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     needed = make_plan(loaded.model, recipe).bytes + OVERHEAD_BYTES
-    identity, data = files.identity(), None
-    if recipe.needs_data and recipe.calibration:
-        identity |= {"calibration": sources_identity(recipe.calibration)}
-        store = Store(out.parent / f".{out.name}.work", _origin(recipe, identity, place))
-        data = CalibrationData(draw_samples(recipe.calibration, loaded.processing), store)
+    identity = files.identity()
+    work = _Work.of(recipe, identity, loaded, out, place)
     with checkpoint.staging(out, needed) as folder:
         base_quality = _evaluate_base(str(files.path), device, questions, progress) if questions else None
-        plan = pipeline.compress(loaded.model, recipe, progress, data)
+        plan = pipeline.compress(loaded.model, recipe, progress, work.calibration, work.distill)
         _refuse_broken_logits(loaded.model)
         layers = inspection.measure(loaded.model, plan)
         checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
@@ -127,14 +127,53 @@ def build(
         )
         (folder / checkpoint.QUALITY).write_text(json.dumps(report.to_json(), indent=1), "utf-8")
         checkpoint.seal(folder, checkpoint.read_manifest(folder).with_measured(report.to_json()))
-    if data:
-        data.store.clear()
+    work.store.clear()
     return report
 
 
+@dataclass(frozen=True)
+class _Work:
+    """The data a build reads, and the folder that keeps what is finished of it."""
+
+    store: Store
+    calibration: CalibrationData | None
+    distill: DistillData | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, identity: dict[str, object], base: gemma.Base, out: Path, device: torch.device) -> _Work:
+        """Read the data of a recipe; `identity` gains the hashes of its files and of another teacher's weights."""
+        calibration = recipe.calibration if recipe.needs_calibration else None
+        distill, load_teacher = recipe.distill, None
+        if calibration:
+            identity["calibration"] = sources_identity(calibration)
+        if distill:
+            identity["distill"] = sources_identity(distill.calibration, "distill.data")
+        if distill and distill.teacher != "base":
+            files = gemma.locate(distill.teacher, network=True)
+            identity["teacher"] = files.identity()
+            gemma.refuse_other_tokenizer(files, base.processing)
+            load_teacher = partial(_load_teacher, files, base.model.dtype, device)
+        if not recipe.needs_data:
+            return cls(Store(), None, None)
+        store = Store(out.parent / f".{out.name}.work", _origin(recipe, identity, device))
+        return cls(
+            store,
+            CalibrationData(draw_samples(calibration, base.processing), store) if calibration else None,
+            DistillData(draw_samples(distill.calibration, base.processing, "distill.data"), store, load_teacher)
+            if distill
+            else None,
+        )
+
+
+def _load_teacher(files: gemma.BaseFiles, dtype: torch.dtype, device: torch.device) -> gemma.GemmaModel:
+    return gemma.load_base(files, dtype, device).model
+
+
 def _origin(recipe: Recipe, identity: dict[str, object], device: torch.device) -> dict[str, object]:
-    """All that decides what a calibrated stage makes of a layer: work done for another origin is worth nothing."""
-    made_from = recipe.model_dump(mode="json", include={"model", "calibration", "sparsity", "quantization"})
+    """All that decides what a stage with data makes of a layer: work done for another origin is worth nothing."""
+    made_from = recipe.model_dump(
+        mode="json", include={"model", "calibration", "sparsity", "lowrank", "distill", "quantization"}
+    )
     return {"recipe": made_from, "base": identity, "versions": checkpoint.versions(), "device": str(device)}
 
 

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gemma_opt import gemma, layout
+from gemma_opt import gemma, layout, lowrank
 from gemma_opt.errors import BaseModelError, CorruptCheckpoint, StorageError
 from gemma_opt.inspection import Layer
 from gemma_opt.policy import Plan, main_parameter
@@ -229,6 +229,7 @@ def load(folder: Path, device: torch.device) -> Checkpoint:
         model.generation_config = gemma.load_generation_config(folder)
     except BaseModelError as error:
         raise CorruptCheckpoint(error.message) from None
+    lowrank.empty_like_plan_(model, plan)
     empty_like_plan_(model, plan)
     _fill_(model, _read_tensors(folder, device), folder)
     nn.Module.to(model, device)  # the buffers that no checkpoint stores

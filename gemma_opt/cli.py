@@ -277,7 +277,7 @@ def _quiet_libraries() -> None:
 
 @contextmanager
 def _progress() -> Generator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr, one task for each stage it hears of."""
+    """A progress bar on stderr, one task for each stage it hears of. What stands behind " · " in a stage's title may change."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -287,9 +287,10 @@ def _progress() -> Generator[Callable[[str, int, int], None]]:
 
     def show(stage: str, done: int, total: int) -> None:
         bar.start()  # only now: an error before the first step stays one line
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=total)
-        bar.update(tasks[stage], completed=done)
+        name = stage.partition(" · ")[0]
+        if name not in tasks:
+            tasks[name] = bar.add_task(stage, total=total)
+        bar.update(tasks[name], completed=done, description=stage)
 
     try:
         yield show

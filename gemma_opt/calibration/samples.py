@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -36,34 +36,38 @@ _CONTEXT = 131_072  # samples are cut to the window here; the encoder's own limi
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence, alone in its batch. token_ids: int64 [1, tokens]; images: float32 [pictures, 3, side, side] or None."""
+    """One sequence, alone in its batch. token_ids: int64 [1, tokens]; images: float32 [pictures, 3, side, side] or None.
+
+    answer_tokens: how many tokens at the end are the answer to what stands before; None where there is no answer.
+    """
 
     token_ids: Tensor
     images: Tensor | None = None
+    answer_tokens: int | None = None
 
 
 Draw = Callable[[], Sample]
 
 
-def draw_samples(section: Calibration, processing: Processing) -> tuple[Sample, ...]:
-    """The calibration set of a recipe. The same files and section give the same samples.
+def draw_samples(section: Calibration, processing: Processing, key: str = "calibration.source") -> tuple[Sample, ...]:
+    """The calibration set of a recipe. The same files and section give the same samples. key: of the sources, for errors.
 
     Raises RecipeError where a source cannot be read, or all together hold fewer windows than asked.
     """
-    offers = [_offer(source, number, section, processing) for number, source in enumerate(section.source)]
+    offers = [_offer(source, number, section, processing, key) for number, source in enumerate(section.source)]
     taken = _shares([len(offer) for offer in offers], section.windows)
     if sum(taken) < section.windows:
         held = ", ".join(f"{source}: {len(offer)}" for source, offer in zip(section.source, offers, strict=True))
         raise RecipeError(
-            f"calibration: {section.windows} windows of {section.window_tokens} tokens are asked, the sources hold "
-            f"{sum(taken)} ({held}). Give more text, or set calibration.windows lower"
+            f"{key}: {section.windows} windows of {section.window_tokens} tokens are asked, the sources hold "
+            f"{sum(taken)} ({held}). Give more text, or set {key.partition('.')[0]}.windows lower"
         )
     return tuple(draw() for offer, count in zip(offers, taken, strict=True) for draw in offer[:count])
 
 
-def sources_identity(section: Calibration) -> dict[str, str]:
+def sources_identity(section: Calibration, key: str = "calibration.source") -> dict[str, str]:
     """sha256 of every source file, by the name the recipe gives it. Raises RecipeError for one that is missing."""
-    return {source: CHARTS if source == CHARTS else sha256_of(_existing(source)) for source in section.source}
+    return {source: CHARTS if source == CHARTS else sha256_of(_existing(source, key)) for source in section.source}
 
 
 def _shares(held: Sequence[int], wanted: int) -> list[int]:
@@ -76,30 +80,28 @@ def _shares(held: Sequence[int], wanted: int) -> list[int]:
     return taken
 
 
-def _existing(source: str) -> Path:
+def _existing(source: str, key: str) -> Path:
     path = Path(source).expanduser()
     if not path.is_file():
-        raise RecipeError(
-            f"calibration.source: there is no file {source} (seen from the current folder), and it is not {CHARTS!r}"
-        )
+        raise RecipeError(f"{key}: there is no file {source} (seen from the current folder), and it is not {CHARTS!r}")
     return path
 
 
-def _offer(source: str, number: int, section: Calibration, processing: Processing) -> list[Draw]:
+def _offer(source: str, number: int, section: Calibration, processing: Processing, key: str) -> list[Draw]:
     """Everything a source could give, shuffled by the seed; each sample is made only when it is drawn."""
     rng = random.Random(f"{section.seed}/{number}")
     if source == CHARTS:
         if processing.processor is None:
-            raise RecipeError("calibration.source: charts are pictures, and this model has no vision tower")
+            raise RecipeError(f"{key}: charts are pictures, and this model has no vision tower")
         return [_chart_draw(section, processing, index) for index in range(section.windows)]
-    path = _existing(source)
+    path = _existing(source, key)
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError:
-        raise RecipeError(f"calibration.source: {source} is not UTF-8 text") from None
+        raise RecipeError(f"{key}: {source} is not UTF-8 text") from None
     if path.suffix == ".jsonl":
         lines = [(index, line) for index, line in enumerate(text.splitlines(), start=1) if line.strip()]
-        offer = [_line_draw(path, index, line, section, processing) for index, line in lines]
+        offer = [_line_draw(path, f"{key}: {path.name} line {index}", line, section, processing) for index, line in lines]
     else:
         offer = _text_draws(text, section, processing)
     rng.shuffle(offer)
@@ -126,14 +128,14 @@ def _chart_draw(section: Calibration, processing: Processing, index: int) -> Dra
     return draw
 
 
-def _line_draw(path: Path, number: int, line: str, section: Calibration, processing: Processing) -> Draw:
+def _line_draw(path: Path, where: str, line: str, section: Calibration, processing: Processing) -> Draw:
     def draw() -> Sample:
         try:
             turns, answer = _read_line(line, path.parent)
             return _conversation(turns, answer, section, processing)
         except (GemmaOptError, OSError, ValueError) as error:
             reason = error.message if isinstance(error, GemmaOptError) else str(error)
-            raise RecipeError(f"calibration.source: {path.name} line {number}: {reason}") from None
+            raise RecipeError(f"{where}: {reason}") from None
 
     return draw
 
@@ -161,8 +163,11 @@ def _read_line(line: str, folder: Path) -> tuple[tuple[Turn, ...], str]:
 
 def _conversation(turns: tuple[Turn, ...], answer: str, section: Calibration, processing: Processing) -> Sample:
     prompt = PromptEncoder(processing, _CONTEXT).encode(turns)
-    reply = processing.tokenizer.encode(answer, add_special_tokens=False) if answer else []
-    return _sample([*prompt.token_ids, *reply], prompt.images, section)
+    if not answer:
+        return _sample(prompt.token_ids, prompt.images, section)
+    reply = processing.tokenizer.encode(answer, add_special_tokens=False)
+    sample = _sample([*prompt.token_ids, *reply], prompt.images, section)
+    return replace(sample, answer_tokens=max(0, sample.token_ids.shape[1] - len(prompt.token_ids)))
 
 
 def _sample(token_ids: Sequence[int], images: Sequence[Tensor], section: Calibration) -> Sample:

@@ -57,6 +57,11 @@ class Store:
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial)
         os.replace(partial, file)
 
+    def remove(self, name: str) -> None:
+        """Forget what was saved under a name, if anything was."""
+        if self._folder:
+            self._file(self._folder, name).unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Remove everything: the work is done."""
         if self._folder and self._folder.is_dir():

@@ -17,18 +17,23 @@ from torch import Tensor, nn
 
 from gemma_opt.calibration.samples import Sample
 from gemma_opt.gemma import GemmaModel, weights_device
+from gemma_opt.onednn import OneDnnLinears, product, with_onednn
 from gemma_opt.policy import Role, role_of
 
 # Linears that read the same tensor, in the order in which they run.
 STEPS = ((Role.QUERY, Role.KEY, Role.VALUE), (Role.OUTPUT,), (Role.GATE, Role.UP), (Role.DOWN,))
+# Gemma 3 normalises what attention and MLP give before adding it to the residual, so an error in the output of these linears
+# matters relative to that token's output. Counted alike, the first token, whose outputs are far larger, would decide alone.
+NORMALISED = (Role.OUTPUT, Role.DOWN)
 
 
 @dataclass(frozen=True)
 class Moments:
     """Second moments of a linear's input x over the calibration tokens, float32, means over tokens.
 
-    square: [in], E[x²]. hessian: [in, in], E[xᵀx], or None where only `square` was asked. cross: [in, in], E[x₀ᵀx] with x₀
-    the input of the same linear in the dense model, or None. tokens: how many.
+    square: [in], E[x²]. hessian: [in, in], E[w xᵀx], or None where only `square` was asked. cross: [in, in], E[w x₀ᵀx] with
+    x₀ the input of the same linear in the dense model, or None. w is 1, or for the linears of `NORMALISED` the inverse mean
+    square of their output for that token. tokens: how many.
     """
 
     square: Tensor
@@ -67,6 +72,7 @@ class Block:
         return _steps(self.name, names)
 
     @torch.no_grad()
+    @with_onednn
     def moments(self, names: Sequence[str], *, full: bool = True) -> dict[str, Moments]:
         """Moments of the inputs of these linears as the layer now is. Linears with one input share one result.
 
@@ -77,19 +83,33 @@ class Block:
         for index, (state, arguments) in enumerate(zip(self._states, self._arguments, strict=True)):
             seen = _inputs(self, state, arguments, list(sums))
             for leader, x in seen.items():
-                sums[leader].add(x, self._dense[index][leader] if self._dense and full else None)
+                dense = self._dense[index][leader] if self._dense and full else None
+                sums[leader].add(x, dense, self._token_weight(leader, x) if full else None)
         means = {leader: sums[leader].mean() for leader in sums}
         return {name: means[group[0]] for group in groups for name in group}
 
-    @torch.no_grad()
-    def inputs(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """What these linears receive as the layer now is, [tokens, in], a sample at a time. Linears with one input share it."""
-        groups = self.steps(names)
-        for state, arguments in zip(self._states, self._arguments, strict=True):
-            seen = _inputs(self, state, arguments, [group[0] for group in groups])
-            yield {name: seen[group[0]] for group in groups for name in group}
+    def _token_weight(self, leader: str, x: Tensor) -> Tensor | None:
+        """[tokens, 1], or None: every token counts alike. See `NORMALISED`."""
+        if role_of(leader) not in NORMALISED:
+            return None
+        path = leader.removeprefix(f"{self.name}.").removesuffix(".right")  # low rank: what left makes of it is normalised
+        output = self.layer.get_submodule(path)(x).float()
+        return 1 / output.square().mean(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
 
     @torch.no_grad()
+    def inputs(self, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
+        """What these linears receive as the layer now is, a sample at a time: [tokens, in], and how much each token counts.
+
+        One linear of each input they share is enough. The second is [tokens, 1] or None, as in the moments.
+        """
+        for state, arguments in zip(self._states, self._arguments, strict=True):
+            with OneDnnLinears():
+                seen = _inputs(self, state, arguments, list(names))
+                found = {name: (x, self._token_weight(name, x)) for name, x in seen.items()}
+            yield found
+
+    @torch.no_grad()
+    @with_onednn
     def advance(self) -> None:
         """Run the layer as it now is; its outputs replace the hidden states (they enter the next layer)."""
         for index, (state, arguments) in enumerate(zip(self._states, self._arguments, strict=True)):
@@ -98,7 +118,11 @@ class Block:
 
 def _steps(layer_name: str, names: Sequence[str]) -> list[list[str]]:
     own = [name for name in names if name.startswith(f"{layer_name}.")]
-    groups = [[name for name in own if role_of(name) in step] for step in STEPS]
+    groups: list[list[str]] = []
+    for step in STEPS:
+        members = [name for name in own if role_of(name) in step]
+        groups.append([name for name in members if not name.endswith(".left")])
+        groups += ([name] for name in members if name.endswith(".left"))  # low rank: it reads what its own right gives
     return [group for group in groups if group]
 
 
@@ -144,19 +168,20 @@ class _Sums:
         self._hessian: Tensor | None = None
         self._cross: Tensor | None = None
 
-    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
-        """x, dense: [tokens, in]."""
+    def add(self, x: Tensor, dense: Tensor | None = None, weight: Tensor | None = None) -> None:
+        """x, dense: [tokens, in]; weight: [tokens, 1] or None."""
         x = x.float()
         self._tokens += x.shape[0]
+        self._square = self._square + x.square().sum(dim=0)
         if not self._full:
-            self._square = self._square + x.square().sum(dim=0)
             return
         if self._hessian is None:
             self._hessian = x.new_zeros(x.shape[1], x.shape[1])
             self._cross = None if dense is None else torch.zeros_like(self._hessian)
-        self._hessian.addmm_(x.T, x)
+        weighted = x if weight is None else x * weight
+        self._hessian += product(weighted, x)
         if dense is not None and self._cross is not None:
-            self._cross.addmm_(dense.float().T, x)
+            self._cross += product(dense.float(), weighted)
 
     def mean(self) -> Moments:
         """Ends the summing: the sums are turned into means in place."""
@@ -164,7 +189,7 @@ class _Sums:
             return Moments(torch.as_tensor(self._square) / self._tokens, None, None, self._tokens)
         hessian = self._hessian.div_(self._tokens)
         cross = None if self._cross is None else self._cross.div_(self._tokens)
-        return Moments(hessian.diagonal().clone(), hessian, cross, self._tokens)
+        return Moments(torch.as_tensor(self._square) / self._tokens, hessian, cross, self._tokens)
 
 
 def walk_layers(model: GemmaModel, samples: Sequence[Sample], *, follow_dense: Sequence[str] = ()) -> Iterator[Block]:
@@ -184,6 +209,7 @@ def walk_layers(model: GemmaModel, samples: Sequence[Sample], *, follow_dense: S
 
 
 @torch.no_grad()
+@with_onednn
 def _dense_pass_(
     name: str, layer: nn.Module, states: list[Tensor], arguments: list[Arguments], names: Sequence[str]
 ) -> list[dict[str, Tensor]]:
@@ -217,6 +243,7 @@ class _Recorder(nn.Module):
 
 
 @torch.no_grad()
+@with_onednn
 def _record(model: GemmaModel, samples: Sequence[Sample]) -> tuple[list[Tensor], list[list[Arguments]]]:
     """The hidden states that enter the first layer, and for every layer the other arguments of every sample."""
     with _recorders(model) as recorders:

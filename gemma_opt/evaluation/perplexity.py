@@ -14,6 +14,7 @@ from gemma_opt import charts
 from gemma_opt.errors import UsageError
 from gemma_opt.gemma import weights_device
 from gemma_opt.loading import Ready
+from gemma_opt.onednn import with_onednn
 from gemma_opt.prompt import PromptEncoder, single_turn
 
 WINDOW = 512
@@ -68,6 +69,7 @@ def answer_passages(ready: Ready, pictures: int, seed: int) -> Iterator[Passage]
 
 
 @torch.inference_mode()
+@with_onednn
 def prediction_logits(ready: Ready, passage: Passage) -> Tensor:
     """Logits [predicted, vocabulary] for the predicted tokens of a passage."""
     model = ready.model

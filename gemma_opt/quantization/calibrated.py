@@ -29,7 +29,6 @@ from gemma_opt.quantization.handlers import (
     weigh,
 )
 from gemma_opt.quantization.observers import Observed
-from gemma_opt.quantization.rows import fp8_rows, int8_rows
 from gemma_opt.quantization.smoothing import smooth_
 from gemma_opt.recipe import FLOATS, Fp8Static, Int4, Int8Dynamic, Int8DynamicInt4, Int8Static
 
@@ -58,8 +57,8 @@ def observe(block: Block, names: Sequence[str]) -> dict[str, Observed]:
     """Statistics of the inputs of these linears."""
     found = {name: Observed() for name in names}
     for inputs in block.inputs(names):
-        for name, x in inputs.items():
-            found[name].add(x)
+        for name, (x, counts) in inputs.items():
+            found[name].add(x, counts)
     return found
 
 
@@ -69,16 +68,10 @@ def weigh_measured(stored: object, weight: Tensor, step: Step) -> Tensors:
     return weigh(stored, weight)
 
 
-@weigh_measured.register
-def _(stored: Int8Static, weight: Tensor, step: Step) -> Tensors:
-    rows, scale = int8_rows(weight)
-    return {"weight": rows, "weight_scale": scale, "input_scale": _input_scale(stored, weight, step)}
-
-
-@weigh_measured.register
-def _(stored: Fp8Static, weight: Tensor, step: Step) -> Tensors:
-    rows, scale = fp8_rows(weight)
-    return {"weight": rows, "weight_scale": scale, "input_scale": _input_scale(stored, weight, step)}
+@weigh_measured.register(Int8Static | Fp8Static)
+def _(stored: Int8Static | Fp8Static, weight: Tensor, step: Step) -> Tensors:
+    scale = step.observed.scale(stored.observer, stored.activation)
+    return {**weigh(stored, weight), "input_scale": scale.to(weight.device)}
 
 
 @weigh_measured.register(Int4 | Int8DynamicInt4)
@@ -89,10 +82,6 @@ def _(stored: Int4 | Int8DynamicInt4, weight: Tensor, step: Step) -> Tensors:
     importance = step.curvature.hessian.diagonal().unflatten(0, groups.shape[1:])
     fitted = hqq.fitted_grid(groups, symmetric=stored.symmetric, importance=importance)
     return int4_tensors(stored, *gptq(weight.float(), step.curvature, fitted))
-
-
-def _input_scale(stored: Int8Static | Fp8Static, weight: Tensor, step: Step) -> Tensor:
-    return step.observed.scale(stored.observer, stored.activation).to(weight.device)
 
 
 def in_decoder(model: nn.Module, plan: Plan) -> tuple[PlanRow, ...]:
@@ -143,7 +132,8 @@ def _smooth_(model: nn.Module, block: Block, linears: list[PlanRow]) -> None:
     wanted = {
         tuple(names): max(alphas)
         for names in block.steps(list(rows))
-        if (alphas := [alpha for name in names if (alpha := _alpha(rows[name])) is not None])
+        if not names[0].endswith(".left")  # low rank: nothing before it could be divided but its own right
+        and (alphas := [alpha for name in names if (alpha := _alpha(rows[name])) is not None])
     }
     peaks = {name: seen.channels for name, seen in observe(block, [names[0] for names in wanted]).items()} if wanted else {}
     for names, alpha in reversed(wanted.items()):

@@ -38,7 +38,7 @@ _INT4_ROWS = 2048  # rows that get their grids at once: a dozen float copies
 
 @singledispatch
 def weigh(stored: object, weight: Tensor) -> Tensors:
-    """The tensors of `layout.tensors` for a float weight [out, in], by the weight alone."""
+    """The tensors of `layout.tensors` for a float weight [out, in], by the weight alone: all but what needs data."""
     raise NotImplementedError(f"quantization.handlers.weigh knows no {type(stored).__name__}")
 
 
@@ -75,14 +75,14 @@ def bias_of(linear: nn.Linear) -> Tensor | None:
     return None if bias is None else bias.detach()
 
 
-@weigh.register(Int8 | Int8Dynamic)
-def _(stored: Int8 | Int8Dynamic, weight: Tensor) -> Tensors:
+@weigh.register(Int8 | Int8Dynamic | Int8Static)
+def _(stored: Int8 | Int8Dynamic | Int8Static, weight: Tensor) -> Tensors:
     rows, scale = int8_rows(weight)
     return {"weight": rows, "weight_scale": scale}
 
 
-@weigh.register(Fp8 | Fp8Dynamic)
-def _(stored: Fp8 | Fp8Dynamic, weight: Tensor) -> Tensors:
+@weigh.register(Fp8 | Fp8Dynamic | Fp8Static)
+def _(stored: Fp8 | Fp8Dynamic | Fp8Static, weight: Tensor) -> Tensors:
     rows, scale = fp8_rows(weight)
     return {"weight": rows, "weight_scale": scale}
 

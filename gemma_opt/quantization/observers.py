@@ -24,13 +24,14 @@ class Observed:
         self.channels: Tensor | None = None
         self.counts = torch.zeros(_OCTAVE * _OCTAVES, dtype=torch.float64)
 
-    def add(self, x: Tensor) -> None:
-        """x: [tokens, in]."""
+    def add(self, x: Tensor, counts: Tensor | None = None) -> None:
+        """x: [tokens, in]; counts: [tokens, 1], how much each token does; None: all alike."""
         size = x.detach().float().abs()
         peaks = size.amax(dim=0)
         self.channels = peaks if self.channels is None else torch.maximum(self.channels, peaks)
         bins = ((size.clamp(min=2.0**_LOWEST).log2() - _LOWEST) * _OCTAVE).long().clamp_(0, len(self.counts) - 1)
-        self.counts += torch.bincount(bins.flatten(), minlength=len(self.counts)).cpu()
+        shares = None if counts is None else counts.expand_as(bins).flatten().double()
+        self.counts += torch.bincount(bins.flatten(), shares, minlength=len(self.counts)).cpu()
 
     def reach(self, observer: Observer, activation: Activation) -> float:
         """The largest |x| that a scale should represent. 1 where all inputs are zero."""

@@ -74,4 +74,6 @@ def _divide_values_(layer: nn.Module, input_peaks: Tensor, weight_peaks: Tensor,
 
 
 def _linear(layer: nn.Module, name: str) -> nn.Linear:
-    return cast(nn.Linear, layer.get_submodule(name))
+    """The linear whose rows make an input; of a low-rank one its last factor."""
+    module = layer.get_submodule(name)
+    return cast(nn.Linear, module if isinstance(module, nn.Linear) else module.get_submodule("left"))

@@ -6,6 +6,7 @@ replace the module by one that holds plain quantized tensors (`linear`, `table`)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -19,7 +20,7 @@ from gemma_opt.quantization.calibrated import in_decoder, quantize_layers_
 from gemma_opt.quantization.handlers import bias_of, empty_linear, linear_at, linear_of, round_weight_, weigh
 from gemma_opt.quantization.linear import QuantizedLinear
 from gemma_opt.quantization.table import Int8Embedding, Int8Head
-from gemma_opt.recipe import FLOATS, Tied
+from gemma_opt.recipe import FLOATS, StoredFormat, Tied
 
 HEAD = "lm_head"
 
@@ -76,6 +77,15 @@ def _walked(model: nn.Module, plan: Plan, data: CalibrationData | None) -> set[s
     if elsewhere := [row.name for row in needing if row.name not in walked]:
         raise PlanError("formats that need data are measured in decoder layers only:\n  " + "\n  ".join(elsewhere))
     return walked
+
+
+def roundings(plan: Plan) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Name → what `quantize_` will make of a weight, as float32, for every planned linear: for training behind it."""
+
+    def rounding(stored: StoredFormat) -> Callable[[Tensor], Tensor]:
+        return lambda weight: linear_of(stored, weigh(stored, weight), None).dequantize()
+
+    return {row.name: rounding(row.format) for row in plan.quantized() if row.kind == "linear"}
 
 
 def empty_like_plan_(model: nn.Module, plan: Plan) -> None:

@@ -23,7 +23,7 @@ from gemma_opt.sparsity.allocation import layer_norm_counts
 from gemma_opt.sparsity.schedule import ratio_after
 
 Weights = Mapping[str, nn.Parameter]
-BetweenSteps = Callable[[int], None]
+BetweenSteps = Callable[[int], object]
 
 
 @dataclass(frozen=True)

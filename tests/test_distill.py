@@ -436,6 +436,8 @@ def test_steps_and_precision_must_fit_the_rest_of_the_recipe() -> None:
         rules(GRADUAL, steps=2)
     with pytest.raises(RecipeError, match=r"needs model\.dtype float32"):
         rules(dtype="bfloat16")
+    with pytest.raises(RecipeError, match="float formats only"):
+        rules(quantized=True)
 
 
 def test_what_is_learned_is_part_of_the_digest_and_unread_calibration_is_not() -> None:

@@ -297,9 +297,10 @@ def broken_model() -> Gemma3ForCausalLM:
 INT4 = {"format": "int4", "group": 32}
 
 
-def int4_rules(**section: object) -> Recipe:
+def int4_rules(*, quantized: bool, **section: object) -> Recipe:
     tree = rules(MAGNITUDE | {"ratio": 0.3, "roles": ["up"]}, **section).model_dump(mode="json", exclude_none=True)
     tree["quantization"] = {"default": "fp32", "roles": dict.fromkeys(["query", "gate", "up"], INT4) | {"embedding": "fp32"}}
+    tree["distill"]["quantized"] = quantized
     return Recipe.from_tree(tree, "test")
 
 

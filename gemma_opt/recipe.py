@@ -614,6 +614,11 @@ class Recipe(_Section):
             return self
         if self.distill.precision == "float32" and self.model.dtype != "float32":
             raise ValueError("distill: precision float32 needs model.dtype float32")
+        formats = self.quantization.formats().values()
+        if self.distill.quantized and (measured := sorted({str(stored) for stored in formats if stored.needs_data})):
+            raise ValueError(f"distill: quantized rounds by the weights alone, and {', '.join(measured)} measure data")
+        if self.distill.quantized and all(isinstance(stored, (*FLOATS, Tied)) for stored in formats):
+            raise ValueError("distill: quantized, and the quantization section has float formats only")
         if self.distill.steps < self.recovery_phases:
             raise ValueError(f"distill: {self.distill.steps} steps for {self.recovery_phases} phases of gradual pruning")
         return self

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import Cache, DynamicCache, StaticCache
 
+from gemma_opt.engine.batch import Batch
 from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
 from gemma_opt.engine.interface import EngineRequest, FinishReason
 from gemma_opt.engine.queueing import EngineThread, QueuedGeneration, Serve
-from gemma_opt.engine.sampling import next_token
 from gemma_opt.errors import CompileError, EngineError, PromptTooLong
 from gemma_opt.gemma import GemmaModel, stop_token_ids, weights_device
 from gemma_opt.recipe import Compile, EngineSection
@@ -105,21 +105,20 @@ class _Server:
         position = len(request.token_ids)
         limit = min(sampling.max_new_tokens, self.context - position)
         cache = self._empty_cache()
+        batch = Batch(1, self.text_config.vocab_size, self.stop_ids, self.device)
+        batch.start(0, sampling, request.token_ids)
+        slot = torch.tensor([0], device=self.device)
         logits = self._prefill(request, cache)
-        seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=self.device)
-        seen[torch.tensor(request.token_ids, device=self.device)] = True
         for count in range(limit):
             if generation.must_stop:
                 return "cancelled"
-            if count < sampling.min_new_tokens:
-                logits[list(self.stop_ids)] = -torch.inf
-            token = next_token(logits, sampling, seen=seen, position=position)
+            token = batch.draw_apart(logits.float()[None], [0], torch.tensor([position], device=self.device))
             token_id = int(token)
             if token_id in self.stop_ids:
                 return "stop"
             generation.push(token_id)
+            batch.feed(slot, token, torch.tensor([position], device=self.device))
             if count + 1 < limit:
-                seen[token] = True
                 logits = self._decode_one(token, position, cache)
                 position += 1
         return "length"

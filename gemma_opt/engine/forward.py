@@ -16,6 +16,7 @@ from torch.nn import functional
 from gemma_opt.engine.cache import KvCache, LayerCache
 from gemma_opt.engine.kernels import DecodeStep, find_decode_step
 from gemma_opt.engine.linear import linear, rows_of
+from gemma_opt.engine.rope import RopeTables, Rotation, rotate
 from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
 
 Span = tuple[int, int]  # positions begin ≤ p < end of one picture's soft tokens
@@ -30,11 +31,8 @@ class TextModel:
 
     def __init__(self, weights: TextWeights, cache: KvCache, *, use_kernels: bool = True) -> None:
         self.weights, self.cache = weights, cache
-        self._rotations = {
-            True: rope_table(weights.sliding_frequencies, cache.context),
-            False: rope_table(weights.full_frequencies, cache.context),
-        }
-        found = find_decode_step(weights, cache) if use_kernels else None
+        self.rope = RopeTables.of(weights, cache.context)
+        found = find_decode_step(weights, cache, self.rope) if use_kernels else None
         self._decode_step: DecodeStep = found or self._decode_with_torch
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -58,7 +56,7 @@ class TextModel:
             sliding: _chunk_mask(start, end, self._history_begin(start, sliding=sliding), inside, window, embeddings.device)
             for sliding, window in ((True, self.cache.window), (False, None))
         }
-        rotations = {kind: (cos[start:end], sin[start:end]) for kind, (cos, sin) in self._rotations.items()}
+        rotations = {sliding: self.rope.at(slice(start, end), sliding=sliding) for sliding in (True, False)}
         x = embeddings
         for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
             attend = self._chunk_attention(cache, slot, start, masks[layer.sliding])
@@ -87,7 +85,7 @@ class TextModel:
 
     def _decode_with_torch(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """`decode` in torch operations of static shapes, without synchronisation. Reads the padded cache: slow, and right."""
-        rotations = {kind: (cos[positions], sin[positions]) for kind, (cos, sin) in self._rotations.items()}
+        rotations = {sliding: self.rope.at(positions, sliding=sliding) for sliding in (True, False)}
         x = self.embed(tokens)
         for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
             attend = self._row_attention(cache, slots, positions)
@@ -134,12 +132,12 @@ class TextModel:
         return attend
 
 
-def _block(x: Tensor, layer: LayerWeights, shape: TextShape, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+def _block(x: Tensor, layer: LayerWeights, shape: TextShape, rotation: Rotation, attend: Attend) -> Tensor:
     """One decoder layer on [tokens, hidden]. attend: query [tokens, heads, head_dim], keys and values alike → like query."""
     packed = linear(layer.qkv, rms_norm(x, layer.input_norm, shape.eps)).view(x.shape[0], -1, shape.head_dim)
     query, key, value = packed.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
-    query = rotate(rms_norm(query, layer.query_norm, shape.eps), *rotation)
-    key = rotate(rms_norm(key, layer.key_norm, shape.eps), *rotation)
+    query = rotate(rms_norm(query, layer.query_norm, shape.eps), rotation)
+    key = rotate(rms_norm(key, layer.key_norm, shape.eps), rotation)
     attended = attend(query, key, value).flatten(1)
     x = x + rms_norm(linear(layer.o, attended), layer.post_attention_norm, shape.eps)
     gate, up = linear(layer.gate_up, rms_norm(x, layer.pre_mlp_norm, shape.eps)).chunk(2, dim=-1)
@@ -151,19 +149,6 @@ def rms_norm(x: Tensor, factor: Tensor, eps: float) -> Tensor:
     """x / RMS(x) · factor over the last dimension, computed in float32, in x's dtype."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * factor).to(x.dtype)
-
-
-def rope_table(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, float32 [positions, head_dim / 2]."""
-    angles = torch.arange(positions, device=frequencies.device).float()[:, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: x [tokens, heads, head_dim]; cos, sin: float32 [tokens, head_dim / 2]."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def _chunk_mask(start: int, end: int, history: int, spans: Sequence[Span], window: int | None, device: torch.device) -> Tensor:

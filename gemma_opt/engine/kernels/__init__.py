@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from gemma_opt.engine.cache import KvCache
+from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import TextWeights
 
 
@@ -18,6 +19,10 @@ class DecodeStep(Protocol):
         ...
 
 
-def find_decode_step(weights: TextWeights, cache: KvCache) -> DecodeStep | None:
+def find_decode_step(weights: TextWeights, cache: KvCache, rope: RopeTables) -> DecodeStep | None:
     """The fastest decode step this machine has for these weights; None: torch operations."""
+    if weights.device.type == "cpu":
+        from gemma_opt.engine.kernels.cpu import find_cpu_step
+
+        return find_cpu_step(weights, cache, rope)
     return None

@@ -136,8 +136,8 @@ def _block(x: Tensor, layer: LayerWeights, shape: TextShape, rotation: Rotation,
     """One decoder layer on [tokens, hidden]. attend: query [tokens, heads, head_dim], keys and values alike → like query."""
     packed = linear(layer.qkv, rms_norm(x, layer.input_norm, shape.eps)).view(x.shape[0], -1, shape.head_dim)
     query, key, value = packed.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
-    query = rotate(rms_norm(query, layer.query_norm, shape.eps), rotation)
-    key = rotate(rms_norm(key, layer.key_norm, shape.eps), rotation)
+    query = rotate(rms_norm(query, layer.query_norm, shape.eps), *rotation)
+    key = rotate(rms_norm(key, layer.key_norm, shape.eps), *rotation)
     attended = attend(query, key, value).flatten(1)
     x = x + rms_norm(linear(layer.o, attended), layer.post_attention_norm, shape.eps)
     gate, up = linear(layer.gate_up, rms_norm(x, layer.pre_mlp_norm, shape.eps)).chunk(2, dim=-1)

@@ -36,8 +36,8 @@ def rope_table(frequencies: Tensor, positions: int) -> Rotation:
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [tokens, heads, head_dim] by one rotation a token; the halves of a head are the two coordinates."""
     first, second = x.float().chunk(2, dim=-1)
-    cos, sin = (part[:, None] for part in rotation)
+    cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

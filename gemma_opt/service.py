@@ -158,7 +158,7 @@ class Service:
                 log.info("compiled code for this device: %s", "comes with the checkpoint" if found else "none, compiling now")
             return opened[0].model
 
-        engine = ReferenceEngine(load_model, recipe.engine, recipe.compile, warm_up=lambda: _warm_up_request(opened[0]))
+        engine = ReferenceEngine(load_model, recipe.engine, recipe.compile, warm_up_request=lambda: _warm_up_request(opened[0]))
         log.info("%s is ready; %s", recipe.name, engine.compile_report)
         return cls(engine, opened[0])
 

@@ -7,10 +7,9 @@ each other, so scales per row or per group of a row stay what they were. Norm we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import singledispatch
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,35 @@ class Int8Rows:
 
 
 @dataclass(frozen=True)
+class Int4Rows:
+    """y = x · ((nibble − zero) · scale)ᵀ, a scale and a zero point for every group of neighbours in a row.
+
+    packed: uint8 [out, in/2], the even column in the low nibble; scale: bfloat16 [out, in/group]; zero: uint8 like scale, or
+    None where every zero point is 8.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    @property
+    def out_features(self) -> int:
+        """Length of y."""
+        return self.packed.shape[0]
+
+    @property
+    def group(self) -> int:
+        """Neighbours that share a scale."""
+        return 2 * self.packed.shape[1] // self.scale.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """The weight as float32 [out, in]."""
+        nibbles = torch.stack((self.packed & 15, self.packed >> 4), dim=-1).view(*self.scale.shape, self.group)
+        steps = nibbles.char() - (8 if self.zero is None else self.zero.char()[..., None])
+        return (steps * self.scale.float()[..., None]).flatten(1)
+
+
+@dataclass(frozen=True)
 class Stacked:
     """Linears of unlike formats on the same input, their outputs one after another."""
 
@@ -57,7 +85,7 @@ class Stacked:
         return sum(part.out_features for part in self.parts)
 
 
-PackedLinear = FloatRows | Int8Rows | Stacked
+PackedLinear = FloatRows | Int8Rows | Int4Rows | Stacked
 
 
 @dataclass(frozen=True)
@@ -196,26 +224,19 @@ def _(module: Int8Linear) -> PackedLinear:
 
 def pack_rows(parts: Sequence[PackedLinear]) -> PackedLinear:
     """One linear whose output is the parts' outputs one after another: one matrix if they share a format."""
+    first = parts[0]
     if len(parts) == 1:
-        return parts[0]
-    merge = _MERGE.get(type(parts[0]))
-    alike = all(type(one) is type(other) and _layout(one) == _layout(other) for one, other in pairwise(parts))
-    return merge(parts) if merge and alike else Stacked(tuple(parts))
+        return first
+    if isinstance(first, Stacked) or any(_layout(part) != _layout(first) for part in parts):
+        return Stacked(tuple(parts))
+    tensors = [name for name, value in vars(first).items() if isinstance(value, Tensor)]
+    return replace(first, **{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})
 
 
 def _layout(part: PackedLinear) -> tuple[object, ...]:
     """Everything but the number of rows: parts of one layout can be put on top of each other."""
-    return tuple((value.dtype, value.shape[1:]) if isinstance(value, Tensor) else value for value in vars(part).values())
-
-
-def _merge_fields(parts: Sequence[PackedLinear]) -> dict[str, Tensor]:
-    return {name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])}
-
-
-_MERGE: dict[type, Callable[[Sequence[PackedLinear]], PackedLinear]] = {
-    FloatRows: lambda parts: FloatRows(**_merge_fields(parts)),
-    Int8Rows: lambda parts: Int8Rows(**_merge_fields(parts)),
-}
+    fields = ((value.dtype, value.shape[1:]) if isinstance(value, Tensor) else value for value in vars(part).values())
+    return type(part), *fields
 
 
 def _norm(module: nn.Module) -> Tensor:

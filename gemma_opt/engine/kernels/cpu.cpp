@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "simd.hpp"
@@ -28,7 +29,8 @@ constexpr int64_t kMaxRows = 16;           // rows of one call
 constexpr int64_t kStrip = 8;              // output rows computed before the next rows of activations
 constexpr int64_t kPieceBytes = 32 << 10;  // weights a thread takes at a time: about a microsecond of memory bandwidth
 constexpr int64_t kPairBlock = 32;         // columns whose even and odd members are separated for int4
-constexpr int kSpins = 4000;               // about 0.1 ms; then the core is offered to whoever else wants it
+constexpr int64_t kNarrow = simd::kAccumulators < 16 ? 0 : 1024;  // columns of which 8 rows fit into the nearest cache
+constexpr int kSpins = 300;                // some microseconds; then the core is offered to whoever else wants it
 
 // The C interface: gemma_opt/engine/kernels/cpu.py mirrors these structures field by field.
 
@@ -117,39 +119,40 @@ inline void dots(const T* w, const float* x, int64_t n, int64_t ahead, float (&o
       for (int o = 0; o < O; ++o) sums[r][o] = simd::fma(inputs, weights[o], sums[r][o]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o) {
-      out[r][o] = simd::sum(sums[r][o]);
-      for (int64_t tail = k; tail < n; ++tail) out[r][o] += x[r * n + tail] * simd::widen(w[o * n + tail]);
-    }
+  simd::sums<R * O>(&sums[0][0], &out[0][0]);
+  for (; k < n; ++k)
+    for (int r = 0; r < R; ++r)
+      for (int o = 0; o < O; ++o) out[r][o] += x[r * n + k] * simd::widen(w[o * n + k]);
 }
 
 // The same for 4-bit weights. x: its columns paired (see `paired`).
-template <int R, int O>
+template <bool Zeros, int R, int O>
 inline void dots(const Matrix& m, int64_t first, const float* x, int64_t ahead, float (&out)[R][O]) {
-  const int64_t groups = m.in / m.group, row_bytes = m.in / 2;
+  const int64_t groups = m.in / m.group, row_bytes = m.in / 2, group_bytes = m.group / 2;
   const uint8_t* data = static_cast<const uint8_t*>(m.data) + first * row_bytes;
   const Bf16* scale = static_cast<const Bf16*>(m.scale) + first * groups;
-  const uint8_t* zero = m.zero ? m.zero + first * groups : nullptr;
+  const uint8_t* zero = Zeros ? m.zero + first * groups : nullptr;
   Floats sums[R][O];
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < O; ++o) sums[r][o] = simd::splat(0.0f);
-  for (int64_t g = 0; g < groups; ++g)
+  for (int64_t byte = 0; byte < row_bytes; byte += kLanes) {
+    const int64_t g = byte / group_bytes;
+    const float* inputs = x + 2 * byte;
+    if (ahead && byte % 64 == 0)
+      for (int o = 0; o < O; ++o) fetch(data + o * row_bytes + byte + ahead);
+#pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
-      const uint8_t* bytes = data + o * row_bytes + g * m.group / 2;
-      const simd::Nibbles values(zero ? zero[o * groups + g] : 8.0f, simd::widen(scale[o * groups + g]));
-      if (ahead) fetch(bytes + ahead);
-      for (int64_t k = g * m.group; k < (g + 1) * m.group; k += kPairBlock, bytes += kLanes) {
-        Floats even, odd;
-        values.expand(bytes, even, odd);
-        for (int r = 0; r < R; ++r) {
-          sums[r][o] = simd::fma(simd::load(x + r * m.in + k), even, sums[r][o]);
-          sums[r][o] = simd::fma(simd::load(x + r * m.in + k + kLanes), odd, sums[r][o]);
-        }
+      const simd::Nibbles values(Zeros ? zero[o * groups + g] : 8.0f, scale[o * groups + g]);
+      Floats even, odd;
+      values.expand(data + o * row_bytes + byte, even, odd);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        sums[r][o] = simd::fma(simd::load(inputs + r * m.in), even, sums[r][o]);
+        sums[r][o] = simd::fma(simd::load(inputs + r * m.in + kLanes), odd, sums[r][o]);
       }
     }
-  for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o) out[r][o] = simd::sum(sums[r][o]);
+  }
+  simd::sums<R * O>(&sums[0][0], &out[0][0]);
 }
 
 template <int R, int O>
@@ -159,7 +162,7 @@ inline void dots_of(const Matrix& m, int64_t first, const float* x, int64_t ahea
     case kFloat32: return dots<float, R, O>(static_cast<const float*>(m.data) + at, x, m.in, ahead, out);
     case kBfloat16: return dots<Bf16, R, O>(static_cast<const Bf16*>(m.data) + at, x, m.in, ahead, out);
     case kInt8: return dots<int8_t, R, O>(static_cast<const int8_t*>(m.data) + at, x, m.in, ahead, out);
-    default: return dots<R, O>(m, first, x, ahead, out);
+    default: return m.zero ? dots<true, R, O>(m, first, x, ahead, out) : dots<false, R, O>(m, first, x, ahead, out);
   }
 }
 
@@ -194,8 +197,8 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int6
       float* to = y + r * stride;
       const int64_t fetched = r ? 0 : ahead;
       const int64_t left = rows - r;
-      if (left >= 8 && simd::kAccumulators >= 16) {
-        strip<8, simd::kAccumulators / 8>(m, o, end, from, to, stride, fetched), r += 8;
+      if (left >= 8 && m.in <= kNarrow) {
+        strip<8, std::max(1, simd::kAccumulators / 8)>(m, o, end, from, to, stride, fetched), r += 8;
       } else if (left >= 4) {
         strip<4, simd::kAccumulators / 4>(m, o, end, from, to, stride, fetched), r += 4;
       } else if (left >= 2) {
@@ -205,6 +208,11 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int6
       }
     }
   }
+}
+
+// Output rows that a thread takes at a time from `matrices` alike.
+int64_t grain_of(const Matrix& m, int64_t matrices) {
+  return std::max(kStrip, kPieceBytes / (matrices * row_bytes(m)) / kStrip * kStrip);
 }
 
 // Elementwise
@@ -274,7 +282,9 @@ void score(const float* query, const T* keys, Span span, int64_t head_dim, float
       const Floats key = simd::load(keys + p * head_dim + d);
       for (int h = 0; h < H; ++h) sums[h] = simd::fma(simd::load(query + h * head_dim + d), key, sums[h]);
     }
-    for (int h = 0; h < H; ++h) scores[h * stride + (p - span.begin)] = simd::sum(sums[h]) * scale;
+    float dots[H];
+    simd::sums<H>(sums, dots);
+    for (int h = 0; h < H; ++h) scores[h * stride + (p - span.begin)] = dots[h] * scale;
   }
 }
 
@@ -344,15 +354,29 @@ struct Rows {
   int64_t count;
 };
 
+// Vectors straddle no cache line: a load across two takes twice as long.
+struct Buffer {
+  explicit Buffer(int64_t size) : data_(static_cast<float*>(::operator new(size * sizeof(float), kLine))) {}
+  float* get() const { return data_.get(); }
+  float& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, kLine); }
+  };
+  std::unique_ptr<float[], Free> data_;
+};
+
 struct Shared {  // activations that threads hand to each other, [rows, width] each
-  std::vector<float> qkv, attended, mixed, gated, down;
+  Buffer qkv, attended, mixed, gated, down;
   explicit Shared(const Model& m)
       : qkv(kMaxRows * (m.heads + 2 * m.kv_heads) * m.head_dim), attended(kMaxRows * m.heads * m.head_dim),
         mixed(kMaxRows * m.hidden), gated(kMaxRows * m.intermediate), down(kMaxRows * m.hidden) {}
 };
 
 struct Private {
-  std::vector<float> residual, normed, paired, gate, up, scores;
+  Buffer residual, normed, paired, gate, up, scores;
   explicit Private(const Model& m)
       : residual(kMaxRows * m.hidden), normed(kMaxRows * m.hidden),
         paired(kMaxRows * std::max({m.hidden, m.intermediate, m.heads * m.head_dim})), gate(kMaxRows * m.intermediate),
@@ -375,7 +399,7 @@ class Worker {
     }
     norm(m_.final_norm);
     const Matrix* head[] = {&m_.head};
-    linear(head, 1, my_.normed.data(), logits_);
+    linear(head, 1, my_.normed.get(), logits_);
   }
 
  private:
@@ -384,17 +408,17 @@ class Worker {
     const int64_t qkv_width = (m_.heads + 2 * m_.kv_heads) * m_.head_dim;
     norm(l.input_norm);
     const Matrix* qkv[] = {&l.query, &l.key, &l.value};
-    linear(qkv, 3, my_.normed.data(), shared_.qkv.data());
+    linear(qkv, 3, my_.normed.get(), shared_.qkv.get());
     share(rows_.count * m_.kv_heads, 1, [&](int64_t item, int64_t) { append<T>(l, item / m_.kv_heads, item % m_.kv_heads); });
     attention<T>(l, qkv_width);
     const Matrix* o[] = {&l.o};
-    linear(o, 1, shared_.attended.data(), shared_.mixed.data());
-    add(shared_.mixed.data(), l.post_attention_norm);
+    linear(o, 1, shared_.attended.get(), shared_.mixed.get());
+    add(shared_.mixed.get(), l.post_attention_norm);
     norm(l.pre_mlp_norm);
     mlp(l);
     const Matrix* down[] = {&l.down};
-    linear(down, 1, shared_.gated.data(), shared_.down.data());
-    add(shared_.down.data(), l.post_mlp_norm);
+    linear(down, 1, shared_.gated.get(), shared_.down.get());
+    add(shared_.down.get(), l.post_mlp_norm);
   }
 
   // A phase: items [0, total) in pieces of `grain`, each for one thread; all threads leave it together.
@@ -403,11 +427,6 @@ class Worker {
     const int64_t phase = phase_++;
     for (int64_t begin; (begin = team_.take(phase, grain)) < total;) work(begin, std::min(begin + grain, total));
     team_.meet();
-  }
-
-  static int64_t grain_of(const Matrix& m, int64_t matrices) {
-    const int64_t rows = kPieceBytes / (matrices * row_bytes(m));
-    return std::max(kStrip, rows / kStrip * kStrip);
   }
 
   void embed(int64_t token, float* out) const {
@@ -430,7 +449,7 @@ class Worker {
   // residual += norm(x)
   void add(const float* x, const float* factor) {
     for (int64_t r = 0; r < rows_.count; ++r) {
-      rms_norm(x + r * m_.hidden, factor, m_.hidden, m_.eps, my_.normed.data());
+      rms_norm(x + r * m_.hidden, factor, m_.hidden, m_.eps, my_.normed.get());
       for (int64_t i = 0; i < m_.hidden; ++i) my_.residual[r * m_.hidden + i] += my_.normed[i];
     }
   }
@@ -439,7 +458,7 @@ class Worker {
   const float* arranged(const Matrix& m, const float* x) {
     if (m.format != kInt4) return x;
     for (int64_t r = 0; r < rows_.count; ++r) paired(x + r * m.in, m.in, &my_.paired[r * m.in]);
-    return my_.paired.data();
+    return my_.paired.get();
   }
 
   // y = x times some matrices, their outputs one after another. x: [rows, in]; y: [rows, all outs].
@@ -461,11 +480,11 @@ class Worker {
 
   void mlp(const Layer& l) {
     const int64_t width = l.gate.out;
-    const float* gate_input = arranged(l.gate, my_.normed.data());
-    const float* up_input = arranged(l.up, my_.normed.data());
+    const float* gate_input = arranged(l.gate, my_.normed.get());
+    const float* up_input = arranged(l.up, my_.normed.get());
     share(width, grain_of(l.gate, 2), [&](int64_t begin, int64_t end) {
-      multiply(l.gate, begin, end, gate_input, rows_.count, my_.gate.data(), width);
-      multiply(l.up, begin, end, up_input, rows_.count, my_.up.data(), width);
+      multiply(l.gate, begin, end, gate_input, rows_.count, my_.gate.get(), width);
+      multiply(l.up, begin, end, up_input, rows_.count, my_.up.get(), width);
       for (int64_t at = begin, r = 0; r < rows_.count; ++r, at += width)
         gated_gelu(&my_.gate[at], &my_.up[at], end - begin, &shared_.gated[at]);
     });
@@ -518,7 +537,7 @@ class Worker {
         const int64_t left = together - h;
         auto go = [&](auto heads) {
           constexpr int H = decltype(heads)::value;
-          attend<T, H>(query + h * d, keys, values, spans, d, m_.attention_scale, my_.scores.data(), m_.context, out + h * d);
+          attend<T, H>(query + h * d, keys, values, spans, d, m_.attention_scale, my_.scores.get(), m_.context, out + h * d);
           h += H;
         };
         if (left >= 4) {
@@ -569,6 +588,22 @@ constexpr int64_t kPhasesPerLayer = 6;
 extern "C" {
 
 int64_t gemma_max_rows() { return kMaxRows; }
+
+// One matrix alone, for tests and measurements: y [rows, out] = x [rows, in] · weightsᵀ.
+void gemma_multiply(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
+  Buffer inputs(rows * m->in);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (m->format == kInt4) {
+      paired(x + r * m->in, m->in, &inputs[r * m->in]);
+    } else {
+      std::copy(x + r * m->in, x + (r + 1) * m->in, &inputs[r * m->in]);
+    }
+  }
+  const int64_t grain = grain_of(*m, 1);
+#pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads))
+  for (int64_t first = 0; first < m->out; first += grain)
+    multiply(*m, first, std::min(first + grain, m->out), inputs.get(), rows, y, m->out);
+}
 
 // A step over one model and cache, which the caller keeps alive. Not to be used by two threads at once.
 void* gemma_step_new(const Model* model, int64_t threads) { return new Step(*model, static_cast<int>(threads)); }

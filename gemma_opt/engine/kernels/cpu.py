@@ -11,7 +11,8 @@ import logging
 import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
-from dataclasses import dataclass
+from functools import singledispatch
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.kernels import build
 from gemma_opt.engine.rope import RopeTables
-from gemma_opt.engine.weights import FloatRows, Int8Rows, LayerWeights, PackedLinear, Stacked, TextWeights
+from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, LayerWeights, PackedLinear, Stacked, TextWeights
 
 log = logging.getLogger(__name__)
 
@@ -59,39 +60,66 @@ class _Model(Structure):
     )  # fmt: skip
 
 
-_FLOAT32, _BFLOAT16, _INT8 = range(3)
+_FLOAT32, _BFLOAT16, _INT8, _INT4 = range(4)
 _FLOATS = {torch.float32: _FLOAT32, torch.bfloat16: _BFLOAT16}
 
 
-@dataclass(frozen=True)
-class _Rows:
+@singledispatch
+def _matrix(packed: PackedLinear, rows: slice) -> _Matrix:
     """Some rows of a packed linear."""
+    raise Unsupported(f"a {type(packed).__name__}")
 
-    packed: FloatRows | Int8Rows
-    begin: int
-    end: int
 
-    def matrix(self) -> _Matrix:
-        rows = slice(self.begin, self.end)
-        weight = self.packed.weight[rows]
-        if not weight.is_contiguous():
-            raise Unsupported("weights whose rows do not follow each other")
-        size = {"out": weight.shape[0], "columns": weight.shape[1]}
-        if isinstance(self.packed, Int8Rows):
-            return _Matrix(data=weight.data_ptr(), scale=self.packed.scale[rows].data_ptr(), format=_INT8, **size)
-        if weight.dtype not in _FLOATS:
-            raise Unsupported(f"{weight.dtype} weights")
-        return _Matrix(data=weight.data_ptr(), format=_FLOATS[weight.dtype], **size)
+@_matrix.register
+def _(packed: FloatRows, rows: slice) -> _Matrix:
+    if packed.weight.dtype not in _FLOATS:
+        raise Unsupported(f"{packed.weight.dtype} weights")
+    weight = _dense(packed.weight[rows])
+    out, columns = weight.shape
+    return _Matrix(data=weight.data_ptr(), out=out, columns=columns, format=_FLOATS[weight.dtype])
+
+
+@_matrix.register
+def _(packed: Int8Rows, rows: slice) -> _Matrix:
+    weight, scale = _dense(packed.weight[rows]), _dense(packed.scale[rows])
+    out, columns = weight.shape
+    return _Matrix(data=weight.data_ptr(), scale=scale.data_ptr(), out=out, columns=columns, format=_INT8)
+
+
+@_matrix.register
+def _(packed: Int4Rows, rows: slice) -> _Matrix:
+    if packed.group % 32:
+        raise Unsupported(f"int4 groups of {packed.group}, not a multiple of 32")
+    weight, scale = _dense(packed.packed[rows]), _dense(packed.scale[rows])
+    zero = None if packed.zero is None else _dense(packed.zero[rows]).data_ptr()
+    size = {"out": weight.shape[0], "columns": 2 * weight.shape[1], "group": packed.group}
+    return _Matrix(data=weight.data_ptr(), scale=scale.data_ptr(), zero=zero, format=_INT4, **size)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if not tensor.is_contiguous():
+        raise Unsupported("weights whose rows do not follow each other")
+    return tensor
 
 
 def _split(packed: PackedLinear, widths: Sequence[int]) -> list[_Matrix]:
-    """A packed linear as the matrices it was packed from."""
+    """A packed linear as the matrices it was packed from. Raises Unsupported."""
     if isinstance(packed, Stacked):
         if [part.out_features for part in packed.parts] != list(widths):
             raise Unsupported("linears stacked in another way")
-        return [_split(part, [width])[0] for part, width in zip(packed.parts, widths, strict=True)]
-    ends = torch.tensor(widths).cumsum(0).tolist()
-    return [_Rows(packed, end - width, end).matrix() for end, width in zip(ends, widths, strict=True)]
+        return [_matrix(part, slice(0, width)) for part, width in zip(packed.parts, widths, strict=True)]
+    ends = list(accumulate(widths))
+    return [_matrix(packed, slice(end - width, end)) for end, width in zip(ends, widths, strict=True)]
+
+
+def multiply(library: ctypes.CDLL, packed: PackedLinear, x: Tensor, threads: int = 1) -> Tensor:
+    """One product alone, for tests and measurements: x float32 [rows, in] → float32 [rows, out]. Raises Unsupported."""
+    (matrix,) = _split(packed, [packed.out_features])
+    x = x.contiguous()
+    y = torch.empty(len(x), packed.out_features)
+    sizes = c_int64(len(x)), c_void_p(y.data_ptr()), c_int64(threads)
+    library.gemma_multiply(ctypes.byref(matrix), c_void_p(x.data_ptr()), *sizes)
+    return y
 
 
 class CpuDecodeStep:

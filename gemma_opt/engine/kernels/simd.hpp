@@ -1,5 +1,5 @@
 // Sixteen floats at a time, three ways: AVX-512, AVX2 with FMA, or plain loops that any C++ compiler can vectorise.
-// Every operation rounds lane by lane alike on all three; only `sum` may add the lanes in another order.
+// Every operation rounds lane by lane alike on all three; only sums over lanes may be added in another order.
 #pragma once
 
 #include <algorithm>
@@ -62,15 +62,24 @@ inline Floats clamp(Floats a, float low, float high) {
 }
 inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Floats times_power_of_two(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
+inline void sums4(const Floats* a, float* out) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(abcd), 1));
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(abcd), upper);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
+}
 
 // The sixteen values of a 4-bit weight with this zero point and scale.
 struct Nibbles {
   __m512 values;
-  Nibbles(float zero, float scale) {
-    const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    values = _mm512_mul_ps(_mm512_sub_ps(steps, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+  static __m512 steps(float zero) {
+    return _mm512_sub_ps(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_ps(zero));
   }
+  Nibbles(float zero, Bf16 scale) : values(_mm512_mul_ps(steps(zero), _mm512_set1_ps(widen(scale)))) {}
   // 16 bytes → the low nibbles' values and the high nibbles'. The permutation reads the lowest four bits of each index.
   void expand(const uint8_t* p, Floats& low, Floats& high) const {
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -122,17 +131,17 @@ inline __m256 power_of_two(__m256 n) {  // n from −126 to 127
 inline Floats times_power_of_two(Floats x, Floats n) {
   return {_mm256_mul_ps(x.a, power_of_two(n.a)), _mm256_mul_ps(x.b, power_of_two(n.b))};
 }
-inline float sum(Floats x) {
-  const __m256 eight = _mm256_add_ps(x.a, x.b);
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+inline void sums4(const Floats* x, float* out) {
+  __m256 eight[4];
+  for (int i = 0; i < 4; ++i) eight[i] = _mm256_add_ps(x[i].a, x[i].b);
+  const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(eight[0], eight[1]), _mm256_hadd_ps(eight[2], eight[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
 }
 
 struct Nibbles {
   __m256 scale;
   __m128i zero;
-  Nibbles(float zero_, float scale_) : scale(_mm256_set1_ps(scale_)), zero(_mm_set1_epi8(static_cast<char>(zero_))) {}
+  Nibbles(float zero_, Bf16 scale_) : scale(_mm256_set1_ps(widen(scale_))), zero(_mm_set1_epi8(static_cast<char>(zero_))) {}
   Floats widened(__m128i nibbles) const {
     const __m128i steps = _mm_sub_epi8(nibbles, zero);
     return {_mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(steps)), scale),
@@ -190,15 +199,18 @@ inline Floats round(Floats a) {
 inline Floats times_power_of_two(Floats a, Floats n) {
   return each([&](int i) { return std::ldexp(a.v[i], static_cast<int>(n.v[i])); });
 }
-inline float sum(Floats a) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
-  return a.v[0];
+inline void sums4(const Floats* a, float* out) {
+  for (int i = 0; i < 4; ++i) {
+    Floats x = a[i];
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int lane = 0; lane < width; ++lane) x.v[lane] += x.v[lane + width];
+    out[i] = x.v[0];
+  }
 }
 
 struct Nibbles {
   float zero, scale;
-  Nibbles(float zero_, float scale_) : zero(zero_), scale(scale_) {}
+  Nibbles(float zero_, Bf16 scale_) : zero(zero_), scale(widen(scale_)) {}
   void expand(const uint8_t* p, Floats& low, Floats& high) const {
     low = each([&](int i) { return (static_cast<float>(p[i] & 15) - zero) * scale; });
     high = each([&](int i) { return (static_cast<float>(p[i] >> 4) - zero) * scale; });
@@ -206,6 +218,25 @@ struct Nibbles {
 };
 
 #endif
+
+// The sums over lanes of `n` vectors, each added in the same order wherever it stands.
+template <int n>
+inline void sums(const Floats* a, float* out) {
+  for (int i = 0; i + 4 <= n; i += 4) sums4(a + i, out + i);
+  constexpr int left = n % 4;
+  if constexpr (left > 0) {
+    Floats padded[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+    float four[4];
+    for (int i = 0; i < left; ++i) padded[i] = a[n - left + i];
+    sums4(padded, four);
+    for (int i = 0; i < left; ++i) out[n - left + i] = four[i];
+  }
+}
+inline float sum(Floats a) {
+  float out;
+  sums<1>(&a, &out);
+  return out;
+}
 
 // e^x to about one unit in the last place, from 1e-38 to 3e38; beyond, the bound. Coefficients: Cephes' expf (Moshier).
 inline Floats exp(Floats x) {

@@ -318,6 +318,12 @@ class Recipe(_Section):
             raise ValueError("sparsity: compact refits whole columns and would revive earlier zeros: put it first")
         return self
 
+    @model_validator(mode="after")
+    def _targets_fit_the_engine(self) -> Recipe:
+        if self.engine.kind == "fast" and "mlp" in self.compile.targets:
+            raise ValueError("compile: the fast engine runs no MLP modules that 'mlp' could compile; name decode or vision")
+        return self
+
     @property
     def needs_data(self) -> bool:
         """Whether compressing needs calibration data: such a recipe is compressed at build time, never in setup()."""

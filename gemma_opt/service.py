@@ -18,6 +18,7 @@ from typing import Self
 from gemma_opt import charts
 from gemma_opt.checkpoint import COMPILE_CACHE
 from gemma_opt.engine.compilation import load_artifacts
+from gemma_opt.engine.core import FastEngine
 from gemma_opt.engine.interface import Engine, EngineRequest, Finished, Generation, SamplingParams
 from gemma_opt.engine.reference import ReferenceEngine
 from gemma_opt.errors import ConflictingInputs, EngineError, GemmaOptError, ParameterError
@@ -93,6 +94,10 @@ class Reply:
     metrics: dict[str, Metric] = field(default_factory=dict)
     _tokens: int = 0
 
+    def cancel(self) -> None:
+        """Stop as soon as possible; from any thread. The iterator then ends."""
+        self.generation.cancel()
+
     def __iter__(self) -> Iterator[str]:
         try:
             with safe_errors():
@@ -143,12 +148,15 @@ class Service:
         self._encoder = PromptEncoder(ready.processing, ready.context)
 
     @classmethod
-    def load(cls, source: Source, device: str | None = None) -> Self:
+    def load(cls, source: Source, device: str | None = None, *, slots: int | None = None, only_serve: bool = False) -> Self:
         """Load or compress the model on the engine's thread, then answer one warm-up request.
 
-        Raises what loading, compression or compilation raise: UsageError, CheckpointError, EngineError.
+        slots: requests at once, if not as many as the recipe says. only_serve: free what only evaluation uses, the
+        model's own text layers. Raises what loading, compression or compilation raise: UsageError, CheckpointError,
+        EngineError.
         """
         recipe = source.recipe
+        settings = recipe.engine if slots is None else recipe.engine.model_copy(update={"slots": slots})
         opened: list[Ready] = []
 
         def load_model() -> GemmaModel:
@@ -158,7 +166,13 @@ class Service:
                 log.info("compiled code for this device: %s", "comes with the checkpoint" if found else "none, compiling now")
             return opened[0].model
 
-        engine = ReferenceEngine(load_model, recipe.engine, recipe.compile, warm_up_request=lambda: _warm_up_request(opened[0]))
+        def warm_up() -> EngineRequest:
+            return _warm_up_request(opened[0])
+
+        if settings.kind == "reference":
+            engine = ReferenceEngine(load_model, settings, recipe.compile, warm_up)
+        else:
+            engine = FastEngine(load_model, settings, recipe.compile, warm_up, keep_layers=not only_serve)
         log.info("%s is ready; %s", recipe.name, engine.compile_report)
         return cls(engine, opened[0])
 

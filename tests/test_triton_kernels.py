@@ -6,6 +6,10 @@ products on matrix units) is checked by the tests marked `gpu` and by `python -m
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,3 +243,17 @@ def test_whole_decode_of_the_small_model() -> None:
     assert torch.equal(decode(tokens[:1], slots[:1], positions[:1])[0], together[0])
     with pytest.raises(ValueError, match="3 rows"):
         decode(*(torch.zeros(3, dtype=torch.int64, device=DEVICE) for _ in range(3)))
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_an_l40s_and_an_h100_and_stay_in_registers(tmp_path: Path) -> None:
+    """The story: fp8 weights turned into bfloat16 directly compiled for Hopper and for nothing before it."""
+    script = Path(__file__).with_name("gpu_compile.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[1])}
+    run = subprocess.run([sys.executable, script, "89", "90"], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    needs = json.loads(run.stdout)
+    assert len(needs) == 22
+    assert not {name: need for name, need in needs.items() if need["stack"] > 0}
+    assert max(need["shared"] for need in needs.values()) <= 99 * 1024  # what a program may have on an L40S

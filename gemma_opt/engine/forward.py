@@ -1,8 +1,8 @@
 """Gemma 3's text model over packed tensors: prefill in chunks, decode with an explicit position per row.
 
 Written for one purpose, serving: slots instead of batches, logits of last positions only, every row at its own position.
-Everything here is plain torch and runs on any device; `linear` picks faster kernels, and `decode` may be replaced as a
-whole by a `DecodeStep`. transformers' `generate` is the oracle.
+Everything here is plain torch and runs on any device; `kernels` may replace the products and the whole of `decode`.
+transformers' `generate` is the oracle.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gemma_opt.engine.cache import KvCache, LayerCache
-from gemma_opt.engine.kernels import DecodeStep, find_decode_step
+from gemma_opt.engine.kernels import DecodeStep, Linear, find_kernels
 from gemma_opt.engine.linear import linear, rows_of
 from gemma_opt.engine.rope import RopeTables, Rotation, rotate
 from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
@@ -32,8 +32,9 @@ class TextModel:
     def __init__(self, weights: TextWeights, cache: KvCache, *, use_kernels: bool = True) -> None:
         self.weights, self.cache = weights, cache
         self.rope = RopeTables.of(weights, cache.context)
-        found = find_decode_step(weights, cache, self.rope) if use_kernels else None
-        self._decode_step: DecodeStep = found or self._decode_with_torch
+        found = find_kernels(weights, cache, self.rope) if use_kernels else None
+        self._linear: Linear = found.linear if found else linear
+        self._decode_step: DecodeStep = found.decode_step if found else self._decode_with_torch
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Scaled embeddings [tokens, hidden] of token ids [tokens]."""
@@ -60,7 +61,7 @@ class TextModel:
         x = embeddings
         for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
             attend = self._chunk_attention(cache, slot, start, masks[layer.sliding])
-            x = _block(x, layer, self.weights.shape, rotations[layer.sliding], attend)
+            x = _block(x, layer, self.weights.shape, rotations[layer.sliding], self._linear, attend)
         return self._logits(x[-1:])[0]
 
     def extend(self, slot: int, token_ids: Tensor, start: int) -> Tensor:
@@ -89,11 +90,11 @@ class TextModel:
         x = self.embed(tokens)
         for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
             attend = self._row_attention(cache, slots, positions)
-            x = _block(x, layer, self.weights.shape, rotations[layer.sliding], attend)
+            x = _block(x, layer, self.weights.shape, rotations[layer.sliding], self._linear, attend)
         return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return linear(self.weights.head, rms_norm(x, self.weights.final_norm, self.weights.shape.eps)).float()
+        return self._linear(self.weights.head, rms_norm(x, self.weights.final_norm, self.weights.shape.eps)).float()
 
     def _history_begin(self, start: int, *, sliding: bool) -> int:
         """The first position that a chunk's tokens can see."""
@@ -132,16 +133,16 @@ class TextModel:
         return attend
 
 
-def _block(x: Tensor, layer: LayerWeights, shape: TextShape, rotation: Rotation, attend: Attend) -> Tensor:
+def _block(x: Tensor, layer: LayerWeights, shape: TextShape, rotation: Rotation, product: Linear, attend: Attend) -> Tensor:
     """One decoder layer on [tokens, hidden]. attend: query [tokens, heads, head_dim], keys and values alike → like query."""
-    packed = linear(layer.qkv, rms_norm(x, layer.input_norm, shape.eps)).view(x.shape[0], -1, shape.head_dim)
+    packed = product(layer.qkv, rms_norm(x, layer.input_norm, shape.eps)).view(x.shape[0], -1, shape.head_dim)
     query, key, value = packed.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
     query = rotate(rms_norm(query, layer.query_norm, shape.eps), *rotation)
     key = rotate(rms_norm(key, layer.key_norm, shape.eps), *rotation)
     attended = attend(query, key, value).flatten(1)
-    x = x + rms_norm(linear(layer.o, attended), layer.post_attention_norm, shape.eps)
-    gate, up = linear(layer.gate_up, rms_norm(x, layer.pre_mlp_norm, shape.eps)).chunk(2, dim=-1)
-    mlp = linear(layer.down, functional.gelu(gate, approximate="tanh") * up)
+    x = x + rms_norm(product(layer.o, attended), layer.post_attention_norm, shape.eps)
+    gate, up = product(layer.gate_up, rms_norm(x, layer.pre_mlp_norm, shape.eps)).chunk(2, dim=-1)
+    mlp = product(layer.down, functional.gelu(gate, approximate="tanh") * up)
     return x + rms_norm(mlp, layer.post_mlp_norm, shape.eps)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.rope import RopeTables
-from gemma_opt.engine.weights import TextWeights
+from gemma_opt.engine.weights import PackedLinear, TextWeights
 
 
 class DecodeStep(Protocol):
@@ -19,10 +20,27 @@ class DecodeStep(Protocol):
         ...
 
 
-def find_decode_step(weights: TextWeights, cache: KvCache, rope: RopeTables) -> DecodeStep | None:
-    """The fastest decode step this machine has for these weights; None: torch operations."""
-    if weights.device.type == "cpu":
-        from gemma_opt.engine.kernels.cpu import find_cpu_step
+class Linear(Protocol):
+    """The product of activations with a packed linear: what `engine.linear.linear` promises."""
 
-        return find_cpu_step(weights, cache, rope)
+    def __call__(self, packed: PackedLinear, x: Tensor) -> Tensor:
+        """x: [rows, in], float. Returns [rows, out] in x's dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a device has for one model. linear: products of many rows, in prefill."""
+
+    decode_step: DecodeStep
+    linear: Linear
+
+
+def find_kernels(weights: TextWeights, cache: KvCache, rope: RopeTables) -> Kernels | None:
+    """The fastest kernels this machine has for these weights; None: torch operations."""
+    if weights.device.type == "cpu":
+        from gemma_opt.engine.kernels.cpu import CpuLinear, find_cpu_step
+
+        step = find_cpu_step(weights, cache, rope)
+        return Kernels(step, CpuLinear(step.library)) if step else None
     return None

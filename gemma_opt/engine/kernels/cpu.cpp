@@ -28,6 +28,8 @@ using simd::kLanes;
 constexpr int64_t kMaxRows = 16;           // rows of one call
 constexpr int64_t kStrip = 8;              // output rows computed before the next rows of activations
 constexpr int64_t kPieceBytes = 32 << 10;  // weights a thread takes at a time: about a microsecond of memory bandwidth
+constexpr int64_t kPanelBytes = 128 << 10;  // weights that pass over many rows from the second cache
+constexpr int64_t kRowGroup = 64;           // rows of activations a thread takes at a time where there are many
 constexpr int64_t kPairBlock = 32;         // columns whose even and odd members are separated for int4
 constexpr int64_t kNarrow = simd::kAccumulators < 16 ? 0 : 1024;  // columns of which 8 rows fit into the nearest cache
 constexpr int kSpins = 300;                // some microseconds; then the core is offered to whoever else wants it
@@ -210,10 +212,8 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int6
   }
 }
 
-// Output rows that a thread takes at a time from `matrices` alike.
-int64_t grain_of(const Matrix& m, int64_t matrices) {
-  return std::max(kStrip, kPieceBytes / (matrices * row_bytes(m)) / kStrip * kStrip);
-}
+// Output rows of about that many bytes.
+int64_t grain_of(const Matrix& m, int64_t bytes) { return std::max(kStrip, bytes / row_bytes(m) / kStrip * kStrip); }
 
 // Elementwise
 
@@ -469,7 +469,7 @@ class Worker {
       width += parts[i]->out;
       inputs[i] = arranged(*parts[i], x);
     }
-    share(width, grain_of(*parts[0], 1), [&](int64_t begin, int64_t end) {
+    share(width, grain_of(*parts[0], kPieceBytes), [&](int64_t begin, int64_t end) {
       int64_t before = 0;
       for (int i = 0; i < count; before += parts[i]->out, ++i) {
         const int64_t first = std::max(begin - before, int64_t{0}), last = std::min(end - before, parts[i]->out);
@@ -482,7 +482,7 @@ class Worker {
     const int64_t width = l.gate.out;
     const float* gate_input = arranged(l.gate, my_.normed.get());
     const float* up_input = arranged(l.up, my_.normed.get());
-    share(width, grain_of(l.gate, 2), [&](int64_t begin, int64_t end) {
+    share(width, grain_of(l.gate, kPieceBytes / 2), [&](int64_t begin, int64_t end) {
       multiply(l.gate, begin, end, gate_input, rows_.count, my_.gate.get(), width);
       multiply(l.up, begin, end, up_input, rows_.count, my_.up.get(), width);
       for (int64_t at = begin, r = 0; r < rows_.count; ++r, at += width)
@@ -589,20 +589,26 @@ extern "C" {
 
 int64_t gemma_max_rows() { return kMaxRows; }
 
-// One matrix alone, for tests and measurements: y [rows, out] = x [rows, in] · weightsᵀ.
+// One matrix alone: y [rows, out] = x [rows, in] · weightsᵀ, for any number of rows. x starts at a multiple of 64 bytes.
 void gemma_multiply(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
-  Buffer inputs(rows * m->in);
-  for (int64_t r = 0; r < rows; ++r) {
-    if (m->format == kInt4) {
-      paired(x + r * m->in, m->in, &inputs[r * m->in]);
-    } else {
-      std::copy(x + r * m->in, x + (r + 1) * m->in, &inputs[r * m->in]);
+  // A panel of weights stays in the second cache while blocks of rows, which stay in the first, pass by.
+  const int64_t grain = grain_of(*m, rows > kMaxRows ? kPanelBytes : kPieceBytes);
+  const int64_t block = m->in <= kNarrow ? 8 : 4;
+  std::unique_ptr<Buffer> pairs;
+  if (m->format == kInt4) pairs = std::make_unique<Buffer>(rows * m->in);
+  const float* inputs = pairs ? pairs->get() : x;
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  {
+    if (pairs) {
+#pragma omp for
+      for (int64_t r = 0; r < rows; ++r) paired(x + r * m->in, m->in, &(*pairs)[r * m->in]);
     }
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int64_t first = 0; first < m->out; first += grain)
+      for (int64_t group = 0; group < rows; group += kRowGroup)
+        for (int64_t r = group; r < std::min(group + kRowGroup, rows); r += block)
+          multiply(*m, first, std::min(first + grain, m->out), inputs + r * m->in, std::min(block, rows - r), y + r * m->out, m->out);
   }
-  const int64_t grain = grain_of(*m, 1);
-#pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads))
-  for (int64_t first = 0; first < m->out; first += grain)
-    multiply(*m, first, std::min(first + grain, m->out), inputs.get(), rows, y, m->out);
 }
 
 // A step over one model and cache, which the caller keeps alive. Not to be used by two threads at once.

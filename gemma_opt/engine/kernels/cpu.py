@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.kernels import build
+from gemma_opt.engine.linear import linear
 from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, LayerWeights, PackedLinear, Stacked, TextWeights
 
@@ -112,10 +113,29 @@ def _split(packed: PackedLinear, widths: Sequence[int]) -> list[_Matrix]:
     return [_matrix(packed, slice(end - width, end)) for end, width in zip(ends, widths, strict=True)]
 
 
-def multiply(library: ctypes.CDLL, packed: PackedLinear, x: Tensor, threads: int = 1) -> Tensor:
-    """One product alone, for tests and measurements: x float32 [rows, in] → float32 [rows, out]. Raises Unsupported."""
+class CpuLinear:
+    """Products of float32 activations with quantized weights in C++; see `kernels.Linear`.
+
+    Exact but for float32 rounding, and nothing is dequantized into memory. Plain floats stay with torch.
+    """
+
+    def __init__(self, library: ctypes.CDLL, threads: int | None = None) -> None:
+        self._library, self._threads = library, threads
+
+    def __call__(self, packed: PackedLinear, x: Tensor) -> Tensor:
+        """x: [rows, in] → [rows, out] in x's dtype."""
+        if x.dtype == torch.float32 and isinstance(packed, Int8Rows | Int4Rows):
+            return multiply(self._library, packed, x, self._threads or torch.get_num_threads())
+        if isinstance(packed, Stacked):
+            return torch.cat([self(part, x) for part in packed.parts], dim=-1)
+        return linear(packed, x)
+
+
+def multiply(library: ctypes.CDLL, packed: PackedLinear, x: Tensor, threads: int) -> Tensor:
+    """x float32 [rows, in] → float32 [rows, out]. Raises Unsupported."""
     (matrix,) = _split(packed, [packed.out_features])
-    x = x.contiguous()
+    if not x.is_contiguous() or x.data_ptr() % 64:
+        x = x.clone(memory_format=torch.contiguous_format)
     y = torch.empty(len(x), packed.out_features)
     sizes = c_int64(len(x)), c_void_p(y.data_ptr()), c_int64(threads)
     library.gemma_multiply(ctypes.byref(matrix), c_void_p(x.data_ptr()), *sizes)
@@ -132,7 +152,7 @@ class CpuDecodeStep:
         self, weights: TextWeights, cache: KvCache, rope: RopeTables, library: ctypes.CDLL, threads: int | None = None
     ) -> None:
         _check(weights, cache)
-        self._library = library
+        self.library = library
         self._max_rows: int = library.gemma_max_rows()
         self._kept = weights, cache, rope  # the C++ side points into these
         self._limits = weights.shape.vocabulary, cache.slots, cache.context
@@ -154,7 +174,7 @@ class CpuDecodeStep:
             part = [values[begin : begin + self._max_rows] for values in rows]
             pointers = [c_void_p(values.data_ptr()) for values in part]
             count = c_int64(len(part[0]))
-            self._library.gemma_step_run(self._step, *pointers, count, c_void_p(logits[begin:].data_ptr()))
+            self.library.gemma_step_run(self._step, *pointers, count, c_void_p(logits[begin:].data_ptr()))
         return logits
 
 

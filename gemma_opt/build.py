@@ -134,7 +134,7 @@ def build(
 
 def _origin(recipe: Recipe, identity: dict[str, object], device: torch.device) -> dict[str, object]:
     """All that decides what a calibrated stage makes of a layer: work done for another origin is worth nothing."""
-    made_from = recipe.model_dump(mode="json", include={"model", "calibration", "sparsity"})
+    made_from = recipe.model_dump(mode="json", include={"model", "calibration", "sparsity", "quantization"})
     return {"recipe": made_from, "base": identity, "versions": checkpoint.versions(), "device": str(device)}
 
 

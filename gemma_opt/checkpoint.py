@@ -27,12 +27,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gemma_opt import gemma
+from gemma_opt import gemma, layout
 from gemma_opt.errors import BaseModelError, CorruptCheckpoint, StorageError
 from gemma_opt.inspection import Layer
-from gemma_opt.policy import Plan, main_parameter, stored_dtype
+from gemma_opt.policy import Plan, main_parameter
 from gemma_opt.quantization.weights import empty_like_plan_
-from gemma_opt.recipe import Recipe
+from gemma_opt.recipe import FLOATS, Recipe
 
 MANIFEST = "manifest.json"
 QUALITY = "quality.json"
@@ -156,9 +156,9 @@ def seal(folder: Path, manifest: Manifest) -> None:
 def stored_tensors(model: gemma.GemmaModel, plan: Plan) -> dict[str, Tensor]:
     """The tensors a checkpoint holds: contiguous, on the CPU, floats in the format the plan names. No tied head."""
     dtypes = {
-        id(main_parameter(model.get_submodule(row.name))): stored_dtype(row.format)
+        id(main_parameter(model.get_submodule(row.name))): layout.float_dtype(row.format)
         for row in plan.rows
-        if row.format != "int8" and row.format != "tied"
+        if isinstance(row.format, FLOATS)
     }
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -230,29 +230,37 @@ def load(folder: Path, device: torch.device) -> Checkpoint:
     except BaseModelError as error:
         raise CorruptCheckpoint(error.message) from None
     empty_like_plan_(model, plan)
-    _fill_(model, _read_tensors(folder, device, dtype), folder)
+    _fill_(model, _read_tensors(folder, device), folder)
     nn.Module.to(model, device)  # the buffers that no checkpoint stores
     return Checkpoint(model, processing, recipe, plan, manifest)
 
 
-def _read_tensors(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of all shards; floats in the activations' dtype, scales in float32 as stored."""
+def _read_tensors(folder: Path, device: torch.device) -> dict[str, Tensor]:
+    """All tensors of all shards, as stored."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("model-*.safetensors")):
         try:
             tensors |= load_file(file, device=str(device))
         except SafetensorError as error:
             raise CorruptCheckpoint(f"{file} cannot be read: {error}") from None
-    return {
-        name: tensor.to(dtype) if tensor.is_floating_point() and not name.endswith("_scale") else tensor
-        for name, tensor in tensors.items()
-    }
+    return tensors
 
 
 def _fill_(model: gemma.GemmaModel, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Put the tensors into an empty model, tie the head, and make sure nothing stayed empty."""
+    """Put the tensors into an empty model, tie the head, and make sure nothing stayed empty.
+
+    Float weights and biases take the dtype the model computes in; quantized data and scales must have their stored one.
+    """
+    empty = model.state_dict(keep_vars=True)
+    ready = {
+        name: tensor.to(empty[name].dtype) if isinstance(empty.get(name), nn.Parameter) else tensor
+        for name, tensor in tensors.items()
+    }
+    other = [name for name in ready.keys() & empty.keys() if ready[name].dtype != empty[name].dtype]
+    if other:
+        raise CorruptCheckpoint(f"{folder} holds {sorted(other)[:5]} in other dtypes than its plan says")
     try:
-        result = model.load_state_dict(tensors, strict=False, assign=True)
+        result = model.load_state_dict(ready, strict=False, assign=True)
     except RuntimeError as error:
         raise CorruptCheckpoint(f"{folder} does not fit its own config: {str(error).splitlines()[-1].strip()}") from None
     missing = sorted(set(result.missing_keys) - {HEAD})

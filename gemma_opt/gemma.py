@@ -247,11 +247,10 @@ def empty_model(config: Gemma3Config | Gemma3TextConfig, dtype: torch.dtype) -> 
 
 
 def tie_head_(model: GemmaModel) -> None:
-    """Make the head read the embedding's table, as every Gemma 3 does."""
+    """Make the head read the embedding's float table, as every Gemma 3 does. (A quantized head knows its table.)"""
     table = model.get_input_embeddings().weight
-    if not isinstance(table, nn.Parameter):
-        raise TypeError("the embedding's table is not a parameter")
-    model.lm_head.weight = table
+    if isinstance(table, nn.Parameter):
+        model.lm_head.weight = table
 
 
 def weights_device(model: nn.Module) -> torch.device:

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from rich.table import Table
-from torch import Tensor
+from torch import nn
 
+from gemma_opt.errors import PlanError
 from gemma_opt.gemma import GemmaModel
-from gemma_opt.policy import Plan, PlanRow
+from gemma_opt.policy import Plan, PlanRow, main_parameter
+from gemma_opt.quantization import Int8Embedding, Int8Head, QuantizedLinear
 from gemma_opt.recipe import TEXT_ROLES
 
 
@@ -18,13 +20,15 @@ from gemma_opt.recipe import TEXT_ROLES
 class Layer:
     """One row of the plan with what was measured.
 
-    sparsity: share of exact zeros in the main weight. scale_min and scale_max: over its rows; None without scales.
+    sparsity: share of exact zeros in the main weight. scale_min, scale_max and scales: the extremes and number of its scales
+    (one a row, or one a group of neighbours in a row); None and 0 without scales.
     """
 
     row: PlanRow
     sparsity: float
-    scale_min: float | None
-    scale_max: float | None
+    scale_min: float | None = None
+    scale_max: float | None = None
+    scales: int = 0
 
     def to_json(self) -> dict[str, object]:
         """The measured part as a plain dictionary."""
@@ -35,17 +39,19 @@ class Layer:
 
 def measure(model: GemmaModel, plan: Plan) -> list[Layer]:
     """Every layer of the plan, measured."""
-    modules = dict(model.named_modules())
-    return [_measure_layer(row, dict(modules[row.name].state_dict(keep_vars=True))) for row in plan.rows]
+    return [_measure_layer(row, model.get_submodule(row.name)) for row in plan.rows]
 
 
-def _measure_layer(row: PlanRow, tensors: dict[str, Tensor]) -> Layer:
-    weight = tensors.get("weight", next(iter(tensors.values())))
-    zeros = int((weight == 0).sum())
-    scale = tensors.get("weight_scale")
-    if scale is None:
-        return Layer(row, zeros / weight.numel(), None, None)
-    return Layer(row, zeros / weight.numel(), float(scale.min()), float(scale.max()))
+def _measure_layer(row: PlanRow, module: nn.Module) -> Layer:
+    if isinstance(module, QuantizedLinear | Int8Embedding):
+        scale = module.weight_scale
+        return Layer(row, module.zeros() / math.prod(row.shape), float(scale.min()), float(scale.max()), scale.numel())
+    if isinstance(module, Int8Head):
+        return _measure_layer(row, module.table)
+    weight = main_parameter(module)
+    if weight is None:
+        raise PlanError(f"{row.name}: has no weight to measure")
+    return Layer(row, int((weight == 0).sum()) / weight.numel())
 
 
 def linear_sparsity(layers: list[Layer]) -> float:
@@ -74,20 +80,20 @@ def to_json(layers: list[Layer]) -> dict[str, object]:
 def layer_table(title: str, layers: list[Layer]) -> Table:
     """The layers as a table for people, with a line of totals."""
     table = Table(title=title, title_justify="left", show_footer=True)
-    table.add_column("layer", footer=f"{len(layers)} layers", overflow="fold")
+    table.add_column("layer", footer=f"{len(layers)} layers", no_wrap=True)
     table.add_column("role", footer="")
     table.add_column("shape", footer=f"{_total(layers, 'parameters'):,} parameters", justify="right")
     table.add_column("format")
     table.add_column("asked", justify="right")
-    table.add_column("zeros", footer=f"{linear_sparsity(layers):.2%} of text linears", justify="right")
+    table.add_column("zeros", footer=f"{linear_sparsity(layers):.2%} (text)", justify="right")
     table.add_column("scales", justify="right")
     table.add_column("bytes", footer=f"{_total(layers, 'bytes'):,}", justify="right")
     for layer in layers:
         row = layer.row
         asked = "" if row.ratio is None else f"{row.ratio:.2%}"
-        scales = "" if layer.scale_min is None else f"{layer.scale_min:.2e} … {layer.scale_max:.2e}"
+        scales = "" if layer.scale_min is None else f"{layer.scales:,}: {layer.scale_min:.2e} … {layer.scale_max:.2e}"
         shape = " × ".join(map(str, row.shape))
-        table.add_row(row.name, row.role, shape, row.format, asked, f"{layer.sparsity:.2%}", scales, f"{row.bytes:,}")
+        table.add_row(row.name, row.role, shape, str(row.format), asked, f"{layer.sparsity:.2%}", scales, f"{row.bytes:,}")
     return table
 
 

@@ -16,7 +16,7 @@ import torch
 from gemma_opt import checkpoint, gemma, pipeline
 from gemma_opt.errors import NeedsBuild, PlanError, RecipeMismatch, RecipeNotFound
 from gemma_opt.policy import Plan
-from gemma_opt.recipe import BaseModelSection, EngineSection, Quantization, Recipe, RoleFormats
+from gemma_opt.recipe import BaseModelSection, EngineSection, Fp32, Quantization, Recipe, RoleFormats
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def dense_recipe(base: str) -> Recipe:
     """The recipe that serves base weights as they are: float32 on the CPU, bfloat16 on a GPU."""
     if torch.cuda.is_available():
         return Recipe(name="dense", model=BaseModelSection(base=base), engine=EngineSection(context=DENSE_CONTEXT))
-    exact = Quantization(default="fp32", roles=RoleFormats(vision="fp32", projector="fp32", embedding="fp32"))
+    exact = Quantization(default=Fp32(), roles=RoleFormats(vision=Fp32(), projector=Fp32(), embedding=Fp32()))
     section = BaseModelSection(base=base, dtype="float32")
     return Recipe(name="dense", model=section, quantization=exact, engine=EngineSection(context=DENSE_CONTEXT))
 

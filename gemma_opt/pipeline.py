@@ -41,5 +41,6 @@ def compress(model: GemmaModel, recipe: Recipe, progress: Progress = silent, dat
         planned_weights(model, after.rows)  # raises where a stage left another shape than planned
         ratios |= {name: result.asked for name, result in results.items()}
     planned = plans[-1].with_ratios(ratios)
-    quantize_(model, planned, lambda done, total, _: progress("quantize", done, total))
+    given = data and replace(data, store=data.store.section("quantize."))
+    quantize_(model, planned, lambda done, total, _: progress("quantize", done, total), given)
     return planned

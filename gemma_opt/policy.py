@@ -16,32 +16,35 @@ from enum import StrEnum
 from functools import cached_property, singledispatch
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
+from gemma_opt import layout
 from gemma_opt.errors import CorruptCheckpoint, PlanError
 from gemma_opt.recipe import (
+    FLOATS,
+    TEXT_ROLES,
+    Bf16,
     Compact,
-    Format,
+    Fp32,
     Gradual,
     LayerNorm,
     Magnitude,
     Recipe,
+    RoleFormats,
     Rows,
     SparseGPT,
     SparsityStage,
+    StoredFormat,
+    Tied,
     Wanda,
     parse_n_m,
 )
 
 Kind = Literal["linear", "embedding", "conv", "norm", "parameter"]
-StoredFormat = Format | Literal["tied"]
 Progress = Callable[[int, int, str], None]  # (done, total, module name), after every module of a stage
 
-_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-_MODEL_FORMATS: dict[str, StoredFormat] = {"bfloat16": "bf16", "float32": "fp32"}
-_SCALE_BYTES = 4  # int8: one float32 scale for each output row
+_MODEL_FORMATS: dict[str, StoredFormat] = {"bfloat16": Bf16(), "float32": Fp32()}
 
 
 class Role(StrEnum):
@@ -103,6 +106,11 @@ class PlanRow:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the module is replaced by one of another kind: all formats but floats and a tied head."""
+        return not isinstance(self.format, (*FLOATS, Tied))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -132,8 +140,8 @@ class Plan:
         return tuple(row for row in self.rows if row.kind == "linear" and row.role in stage.roles)
 
     def quantized(self) -> tuple[PlanRow, ...]:
-        """The linears that become int8."""
-        return tuple(row for row in self.rows if row.format == "int8")
+        """The modules that are replaced by quantized ones: linears, and the table where it is int8."""
+        return tuple(row for row in self.rows if row.is_quantized)
 
     def with_ratios(self, ratios: Mapping[str, float]) -> Plan:
         """The same plan with the asked ratios of the named rows replaced."""
@@ -169,11 +177,6 @@ def role_of(module_name: str) -> Role:
     if role is None:
         raise PlanError(f"{module_name}: no role is known for this module; is this a Gemma 3?")
     return role
-
-
-def stored_dtype(stored: StoredFormat) -> torch.dtype:
-    """The dtype of a weight of that format in a checkpoint. KeyError for tied weights, which have no tensor there."""
-    return _DTYPES[stored]
 
 
 def main_parameter(module: nn.Module) -> nn.Parameter | None:
@@ -225,9 +228,9 @@ def kept_channels(stage: Compact, channels: int) -> int:
 def plan(model: nn.Module, recipe: Recipe) -> Plan:
     """What the recipe makes of every module of the model, which may be on the meta device. Shapes and bytes are the final ones.
 
-    int8 goes to linears only: where `roles.vision` is int8, the tower's patch convolution and position embedding are stored
-    as bf16. Raises one PlanError that lists every offender: unknown modules, an untied head, ratios that would drop nothing
-    or everything of a layer, roles that no layer has.
+    Linears alone take every format: where `roles.vision` is quantized, the tower's patch convolution and position embedding
+    are stored as bf16. Raises one PlanError that lists every offender: unknown modules, an untied head, ratios that would
+    drop nothing or everything of a layer, shapes that a format cannot hold, roles that no layer has.
     """
     return plan_stages(model, recipe)[-1]
 
@@ -239,10 +242,10 @@ def plan_stages(model: nn.Module, recipe: Recipe) -> tuple[Plan, ...]:
     """
     rows, problems = _survey(model, recipe)
     plans = [Plan(tuple(rows))]
-    problems += _misfit_formats(plans[0], recipe)
     for index, stage in enumerate(recipe.sparsity):
         problems += (f"sparsity.{index} ({stage.method}): {problem}" for problem in _misfit_stage(plans[-1], stage))
         plans.append(_after(plans[-1], stage))
+    problems += _misfit_formats(plans[-1], recipe)
     if problems:
         raise PlanError(f"the recipe {recipe.name!r} does not fit the model:\n  " + "\n  ".join(problems))
     return tuple(plans)
@@ -260,13 +263,8 @@ def _narrow(row: PlanRow, stage: Compact) -> PlanRow:
     kept = kept_channels(stage, row.shape[channel_dim])
     shape = (row.shape[0], kept) if channel_dim else (kept, row.shape[1])
     parameters = row.parameters - math.prod(row.shape) + math.prod(shape)
-    size = row.bytes - _weight_bytes(row.shape, row.format) + _weight_bytes(shape, row.format)
+    size = row.bytes - layout.weight_bytes(row.format, row.shape) + layout.weight_bytes(row.format, shape)
     return replace(row, shape=shape, parameters=parameters, bytes=size)
-
-
-def _weight_bytes(shape: tuple[int, ...], stored: StoredFormat) -> int:
-    """Bytes of a main weight with its scales, as stored."""
-    return math.prod(shape) * _DTYPES[stored].itemsize + (shape[0] * _SCALE_BYTES if stored == "int8" else 0)
 
 
 def planned_weights(model: nn.Module, rows: Iterable[PlanRow]) -> dict[str, nn.Parameter]:
@@ -291,8 +289,7 @@ def _find_role(module_name: str) -> Role | None:
 
 def _survey(model: nn.Module, recipe: Recipe) -> tuple[list[PlanRow], list[str]]:
     """One row per module that owns parameters; and one line per module that cannot have a row."""
-    chosen = recipe.quantization.roles.model_dump()
-    formats: dict[Role, StoredFormat] = {role: chosen.get(role) or recipe.quantization.default for role in Role}
+    formats = {role: recipe.quantization.of_role(role) for role in Role}
     formats[Role.NORM] = _MODEL_FORMATS[recipe.model.dtype]
     rows, problems, owners = list[PlanRow](), list[str](), dict[nn.Parameter, str]()
     for name, module in model.named_modules():
@@ -322,11 +319,12 @@ def _row(
 ) -> PlanRow:
     kind, stored, shape = _kind(module, role), formats[role], tuple(weight.shape)
     if kind != "linear":
-        stored, ratio = "bf16" if stored == "int8" else stored, None
-    if stored == "tied":
+        stored, ratio = stored if role is Role.EMBEDDING or isinstance(stored, FLOATS) else Bf16(), None
+    if isinstance(stored, Tied):
         return PlanRow(name, role, kind, shape, 0, stored, ratio, 0)
     parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-    size = _weight_bytes(shape, stored) + (parameters - weight.numel()) * _DTYPES[formats[Role.NORM]].itemsize
+    rest = (parameters - weight.numel()) * layout.float_dtype(formats[Role.NORM]).itemsize
+    size = layout.weight_bytes(stored, shape) + rest
     return PlanRow(name, role, kind, shape, parameters, stored, ratio, size)
 
 
@@ -342,12 +340,16 @@ def _kind(module: nn.Module, role: Role) -> Kind:
             return "norm" if role is Role.NORM else "parameter"
 
 
-def _misfit_formats(drawn: Plan, recipe: Recipe) -> Iterator[str]:
-    """Quantized formats for roles that no module has. (Float formats may stand in any recipe: they ask for nothing.)"""
-    present = {row.role for row in drawn.rows}
-    for role, stored in recipe.quantization.roles:
-        if role not in present and stored == "int8":
+def _misfit_formats(final: Plan, recipe: Recipe) -> Iterator[str]:
+    """Shapes that a format cannot hold, and quantized formats for roles that no module has. (Float formats ask for nothing.)"""
+    present = {row.role for row in final.rows}
+    for role in RoleFormats.model_fields:
+        stored = recipe.quantization.of_role(role)
+        if role not in present and role not in TEXT_ROLES and not isinstance(stored, (*FLOATS, Tied)):
             yield f"quantization.roles.{role} is {stored}, and the model has no such layer"
+    for row in final.quantized():
+        if problem := layout.misfit(row.format, row.shape):
+            yield f"{row.name} {list(row.shape)} cannot be {row.format}: {problem}"
 
 
 def _misfit_stage(drawn: Plan, stage: SparsityStage) -> Iterator[str]:

@@ -22,8 +22,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -223,36 +225,127 @@ class Compact(_Section):
 SparsityStage = Annotated[Magnitude | Gradual | LayerNorm | Rows | Wanda | SparseGPT | Compact, Field(discriminator="method")]
 
 
-# Quantization, compilation, engine
+# Quantization: the stored format of every weight
 
-FloatFormat = Literal["fp32", "bf16", "fp16"]
-Format = Literal["fp32", "bf16", "fp16", "int8"]
+
+class _Format(_Section):
+    """One stored format. In YAML its name alone (`int8`), or with options: `{format: int4, group: 32}`.
+
+    needs_data: the recipe must have a calibration section. str(): what tables show.
+    """
+
+    @property
+    def needs_data(self) -> bool:
+        return False
+
+    @model_serializer(mode="wrap")
+    def _shortest(self, whole: SerializerFunctionWrapHandler) -> object:
+        tree = whole(self)
+        return tree["format"] if len(tree) == 1 else tree
+
+    def __str__(self) -> str:
+        return str(getattr(self, "format"))  # noqa: B009 (every subclass has it, as its tag)
+
+
+class Fp32(_Format):
+    """Storage in float32."""
+
+    format: Literal["fp32"] = "fp32"
+
+
+class Bf16(_Format):
+    """Storage in bfloat16."""
+
+    format: Literal["bf16"] = "bf16"
+
+
+class Fp16(_Format):
+    """Storage in float16. Activations never are: Gemma 3's exceed its range."""
+
+    format: Literal["fp16"] = "fp16"
+
+
+class Int8(_Format):
+    """Weight-only: symmetric int8, one float32 scale an output row."""
+
+    format: Literal["int8"] = "int8"
+
+
+class Int4(_Format):
+    """Weight-only: unsigned 4-bit numbers, two in a byte, one bfloat16 scale for every `group` neighbours of a row.
+
+    symmetric: zero is always stored as 8; else every group has a zero point of its own, from 0 to 15. method: how scales and
+    zero points are chosen; rtn rounds every weight to the nearest step.
+    """
+
+    format: Literal["int4"] = "int4"
+    group: Literal[32, 64, 128] = 32
+    symmetric: bool = False
+    method: Literal["rtn"] = "rtn"
+
+    def __str__(self) -> str:
+        return f"int4 g{self.group}{' sym' if self.symmetric else ''}"
+
+
+class Tied(_Format):
+    """The head: no weight of its own, it reads the embedding's table in the embedding's format."""
+
+    format: Literal["tied"] = "tied"
+
+
+def _long_form(value: object) -> object:
+    return {"format": value} if isinstance(value, str) else value
+
+
+_TAG = Field(discriminator="format")
+FLOATS = (Fp32, Bf16, Fp16)
+FloatFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16, _TAG], BeforeValidator(_long_form)]
+TableFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16 | Int8, _TAG], BeforeValidator(_long_form)]
+LinearFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16 | Int8 | Int4, _TAG], BeforeValidator(_long_form)]
+HeadFormat = Annotated[Tied, BeforeValidator(_long_form)]
+StoredFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16 | Int8 | Int4 | Tied, _TAG], BeforeValidator(_long_form)]
 
 
 class RoleFormats(_Section):
-    """Formats by role. An unnamed text role takes `Quantization.default`."""
+    """Formats by role. An unnamed text role takes `Quantization.default`.
 
-    query: Format | None = None
-    key: Format | None = None
-    value: Format | None = None
-    output: Format | None = None
-    gate: Format | None = None
-    up: Format | None = None
-    down: Format | None = None
-    vision: Format = "bf16"
-    projector: FloatFormat = "bf16"
-    embedding: FloatFormat = "bf16"
-    head: Literal["tied"] = "tied"
+    vision: the tower's linears; in a quantized format, its patch convolution and position embedding are stored as bf16.
+    embedding: int8 makes one table of int8 rows that embedding and head share.
+    """
+
+    query: LinearFormat | None = None
+    key: LinearFormat | None = None
+    value: LinearFormat | None = None
+    output: LinearFormat | None = None
+    gate: LinearFormat | None = None
+    up: LinearFormat | None = None
+    down: LinearFormat | None = None
+    vision: LinearFormat = Bf16()
+    projector: FloatFormat = Bf16()
+    embedding: TableFormat = Bf16()
+    head: HeadFormat = Tied()
 
 
 class Quantization(_Section):
     """The stored format of every weight. Float formats are storage: activations stay in `model.dtype`.
 
-    int8 is weight-only, symmetric, one scale a row. Norms are stored in `model.dtype`.
+    Norms are stored in `model.dtype`.
     """
 
-    default: Format = Field(default="bf16", description="text linears")
+    default: LinearFormat = Field(default=Bf16(), description="text linears")
     roles: RoleFormats = RoleFormats()
+
+    def of_role(self, role: str) -> StoredFormat:
+        """The format of the role's weights."""
+        chosen = getattr(self.roles, role, None)
+        return self.default if chosen is None else chosen
+
+    def formats(self) -> dict[str, StoredFormat]:
+        """Role → format, every role that has one."""
+        return {role: self.of_role(role) for role in RoleFormats.model_fields}
+
+
+# Compilation, engine
 
 
 class Compile(_Section):
@@ -303,14 +396,15 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _storage_fits_activations(self) -> Recipe:
-        formats = {self.quantization.default, *self.quantization.roles.model_dump().values()}
-        if "fp32" in formats and self.model.dtype != "float32":
+        formats = [self.quantization.default, *self.quantization.formats().values()]
+        if self.model.dtype != "float32" and any(isinstance(stored, Fp32) for stored in formats):
             raise ValueError("quantization: fp32 weights need model.dtype float32")
         return self
 
     @model_validator(mode="after")
     def _data_is_there(self) -> Recipe:
-        needing = [stage.method for stage in self.sparsity if stage.needs_data]
+        needing: list[str] = [stage.method for stage in self.sparsity if stage.needs_data]
+        needing += sorted({str(stored) for stored in self.quantization.formats().values() if stored.needs_data})
         if needing and self.calibration is None:
             raise ValueError(f"{', '.join(needing)} need data: add a section `calibration: {{source: [text.txt]}}`")
         methods = [stage.method for stage in self.sparsity]
@@ -327,7 +421,8 @@ class Recipe(_Section):
     @property
     def needs_data(self) -> bool:
         """Whether compressing needs calibration data: such a recipe is compressed at build time, never in setup()."""
-        return any(stage.needs_data for stage in self.sparsity)
+        formats = self.quantization.formats().values()
+        return any(stage.needs_data for stage in self.sparsity) or any(stored.needs_data for stored in formats)
 
     @classmethod
     def load(cls, source: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:

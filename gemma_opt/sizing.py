@@ -18,10 +18,8 @@ from gemma_opt import gemma
 from gemma_opt.errors import UsageError
 from gemma_opt.policy import Plan, PlanRow, Role
 from gemma_opt.policy import plan as make_plan
-from gemma_opt.recipe import Recipe
+from gemma_opt.recipe import FLOATS, Recipe, Tied
 from gemma_opt.shapes import TEXT, shape_name
-
-FLOAT_FORMATS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def weights_by_role(planned: Plan, dtype: torch.dtype) -> tuple[Weights, ...]:
     table = next(row for row in planned.rows if row.role is Role.EMBEDDING)
     groups: dict[tuple[Role, str], list[PlanRow]] = defaultdict(list)
     for row in planned.rows:
-        groups[row.role, row.format].append(row)
+        groups[row.role, str(row.format)].append(row)
     order = list(Role)
     return tuple(
         Weights(
@@ -207,7 +205,7 @@ def weights_by_role(planned: Plan, dtype: torch.dtype) -> tuple[Weights, ...]:
 
 def resident_bytes(row: PlanRow, dtype: torch.dtype) -> int:
     """Bytes of a planned module in memory, where float weights have the dtype the model computes in."""
-    return row.parameters * dtype.itemsize if row.format in FLOAT_FORMATS else row.bytes
+    return row.parameters * dtype.itemsize if isinstance(row.format, FLOATS) else row.bytes
 
 
 def _read_bytes(row: PlanRow, table: PlanRow, dtype: torch.dtype) -> int:
@@ -216,7 +214,7 @@ def _read_bytes(row: PlanRow, table: PlanRow, dtype: torch.dtype) -> int:
         return 0
     if row.role is Role.EMBEDDING:
         return resident_bytes(row, dtype) // row.shape[0]
-    return resident_bytes(table if row.format == "tied" else row, dtype)
+    return resident_bytes(table if isinstance(row.format, Tied) else row, dtype)
 
 
 def kv_cache(config: gemma.GemmaConfig, dtype: torch.dtype) -> KvCache:

@@ -23,10 +23,11 @@ from gemma_opt.errors import (
     WeightsError,
 )
 from gemma_opt.prompt import PromptEncoder, single_turn
-from gemma_opt.recipe import Recipe
+from gemma_opt.recipe import Int4, Recipe
 
 CPU = torch.device("cpu")
-RECIPES = ("small-int8", "small-int8-pruned", "small-bf16")
+RECIPES = ("small-int8", "small-int8-pruned", "small-bf16", "small-int4")
+SYMMETRIC = ("quantization.default={format: int4, group: 64, symmetric: true}", "name=small-int4-sym")
 FP16 = ("quantization={default: fp16, roles: {vision: fp16, projector: fp16, embedding: fp16}}", "name=small-fp16")
 
 
@@ -63,7 +64,9 @@ def logits_of(model: gemma.GemmaModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "recipe", [*(Recipe.load(name) for name in RECIPES), Recipe.load("small-bf16", FP16)], ids=lambda recipe: recipe.name
+    "recipe",
+    [*(Recipe.load(name) for name in RECIPES), Recipe.load("small-bf16", FP16), Recipe.load("small-int4", SYMMETRIC)],
+    ids=lambda recipe: recipe.name,
 )
 def test_a_loaded_model_is_the_saved_one(recipe: Recipe, tmp_path: Path) -> None:
     saved = write(recipe, tmp_path / "out")
@@ -105,6 +108,27 @@ def test_the_files_hold_the_layout_of_the_contract(finished: Path) -> None:
     assert isinstance(measured, dict)
     assert measured["sparsity"] >= round(256 * 256 * 0.2) / 256**2  # small weights that round to int8 zero come on top
     assert 0 < measured["scale_min"] <= measured["scale_max"]
+
+
+def test_int4_files_and_the_manifest_hold_the_layout_of_the_contract(tmp_path: Path) -> None:
+    write(Recipe.load("small-int4"), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    name = "model.language_model.layers.0.mlp.down_proj"
+    found = {key.removeprefix(name): (value.dtype, tuple(value.shape)) for key, value in tensors.items() if name in key}
+    assert found == {
+        ".weight_packed": (torch.uint8, (256, 384)),
+        ".weight_scale": (torch.bfloat16, (256, 24)),
+        ".weight_zero": (torch.uint8, (256, 24)),
+    }
+    table = "model.language_model.embed_tokens.weight"
+    assert (tensors[table].dtype, tensors[f"{table}_scale"].dtype) == (torch.int8, torch.float32)
+    rows = {str(row["name"]): row for row in checkpoint.read_manifest(tmp_path / "out").plan}
+    assert rows[name]["format"] == Int4().model_dump()
+    measured = rows[name]["measured"]
+    assert isinstance(measured, dict)
+    assert measured["scales"] == 256 * 24
+    assert 0 < measured["scale_min"] < measured["scale_max"]
+    assert rows["lm_head"]["measured"] == rows["model.language_model.embed_tokens"]["measured"]
 
 
 def test_predicted_bytes_are_the_stored_bytes(finished: Path) -> None:
@@ -155,9 +179,18 @@ def another_shape(folder: Path) -> None:
     reseal(folder)
 
 
+def another_dtype(folder: Path) -> None:
+    """Scales that a tool rounded to half precision: nothing else would notice."""
+    file, name = next(folder.glob("*.safetensors")), "model.language_model.layers.0.mlp.up_proj.weight_scale"
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name].half()}, file)
+    reseal(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
+        (another_dtype, "up_proj.weight_scale'] in other dtypes"),
         (flip_a_byte, "wrong sha256"),
         (truncate, "bytes,"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: missing"),

@@ -12,6 +12,7 @@ from transformers import Gemma3ForCausalLM
 
 from gemma_opt.errors import CorruptCheckpoint, PlanError
 from gemma_opt.policy import Plan, PlanRow, Role, dropped_count, main_parameter, plan, planned_weights, role_of
+from gemma_opt.recipe import Recipe, Tied
 from tests.shapes import gemma_1b, gemma_4b, gemma_270m, recipe, small_text_model
 
 TEXT_LINEARS = {Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT, Role.GATE, Role.UP, Role.DOWN}
@@ -89,7 +90,7 @@ def test_formats_and_bytes_of_4b_int8(plan_4b: Plan) -> None:
     quantized = plan_4b.quantized()
     assert len(quantized) == 238 + 162
     assert {row.kind for row in quantized} == {"linear"}
-    assert {row.format for row in plan_4b.rows if row not in quantized} == {"bf16", "tied"}
+    assert {str(row.format) for row in plan_4b.rows if row not in quantized} == {"bf16", "tied"}
     up = plan_4b["model.language_model.layers.0.mlp.up_proj"]
     assert up.bytes == 10_240 * 2560 + 4 * 10_240
     fc2 = plan_4b["model.vision_tower.encoder.layers.0.mlp.fc2"]
@@ -98,9 +99,58 @@ def test_formats_and_bytes_of_4b_int8(plan_4b: Plan) -> None:
     projector = plan_4b["model.multi_modal_projector"]
     assert (projector.kind, projector.shape, projector.bytes) == ("parameter", (1152, 2560), 2 * 1152 * 2560)
     head = plan_4b["lm_head"]
-    assert (head.format, head.parameters, head.bytes) == ("tied", 0, 0)
+    assert (head.format, head.parameters, head.bytes) == (Tied(), 0, 0)
     saved = sum(math.prod(row.shape) - 4 * row.shape[0] for row in quantized)  # one byte a weight, less the scales
     assert plan_4b.bytes == 2 * 4_300_079_472 - saved
+
+
+def test_the_shared_int8_table_of_4b() -> None:
+    drawn = plan(gemma_4b(), recipe(dtype="bfloat16", default="int8", roles={"vision": "int8", "embedding": "int8"}))
+    table = drawn["model.language_model.embed_tokens"]
+    assert table.bytes == 262_208 * 2560 + 4 * 262_208
+    assert table in drawn.quantized()
+    assert (drawn["lm_head"].bytes, drawn["lm_head"].parameters) == (0, 0)
+    assert drawn.bytes == pytest.approx(4.315e9, rel=1e-4)
+
+
+@pytest.mark.parametrize(("group", "symmetric"), [(32, True), (64, False), (128, False)])
+def test_int4_bytes_of_4b(group: int, symmetric: bool) -> None:
+    drawn = plan(gemma_4b(), recipe(dtype="bfloat16", default={"format": "int4", "group": group, "symmetric": symmetric}))
+    up = drawn["model.language_model.layers.0.mlp.up_proj"]
+    groups = 10_240 * 2560 // group
+    assert up.bytes == 10_240 * 2560 // 2 + groups * (2 if symmetric else 3)
+    assert str(up.format) == f"int4 g{group}{' sym' if symmetric else ''}"
+
+
+def test_shapes_that_a_format_cannot_hold_are_listed_at_once() -> None:
+    """SigLIP's fc2 reads 4304 features, which no int4 group divides; nothing is skipped silently."""
+    with pytest.raises(PlanError) as caught:
+        plan(gemma_4b(), recipe(dtype="bfloat16", roles={"vision": "int4", "up": {"format": "int4", "group": 128}}))
+    lines = str(caught.value).splitlines()[1:]
+    assert lines == [
+        f"  model.vision_tower.encoder.layers.{layer}.mlp.fc2 [1152, 4304] cannot be int4 g32: "
+        "rows of 4304 do not divide into groups of 32"
+        for layer in range(27)
+    ]
+
+
+def test_shapes_are_judged_after_compact_removal() -> None:
+    model, compact = small_text_model(), {"method": "compact", "ratio": 0.3, "multiple": 32}
+    with pytest.raises(PlanError, match=r"down_proj \[32, 48\] cannot be int4 g32: rows of 48"):
+        plan(model, recipe(default="int4"))
+    rules = Recipe.from_tree(
+        {
+            "name": "narrow",
+            "model": {"base": "small-gemma3", "dtype": "float32"},
+            "calibration": {"source": ["charts"]},
+            "sparsity": [compact],
+            "quantization": {"default": "int4"},
+        },
+        "test",
+    )
+    drawn = plan(model, rules)
+    assert drawn["model.layers.0.mlp.down_proj"].shape == (32, 32)
+    assert drawn["model.layers.0.mlp.down_proj"].bytes == 32 * 16 + 32 * 3
 
 
 def test_prunable_of_4b(plan_4b: Plan) -> None:
@@ -123,7 +173,7 @@ def test_counts_of_text_only_models() -> None:
 
 def test_formats_by_role() -> None:
     drawn = plan(small_text_model(), recipe(default="int8", roles={"query": "fp32", "down": "fp16", "embedding": "fp16"}))
-    formats = {row.role: row.format for row in drawn.rows}
+    formats = {row.role: str(row.format) for row in drawn.rows}
     assert formats == {
         **dict.fromkeys(TEXT_LINEARS, "int8"), Role.QUERY: "fp32", Role.DOWN: "fp16",
         Role.EMBEDDING: "fp16", Role.HEAD: "tied", Role.NORM: "fp32",
@@ -142,9 +192,13 @@ def test_json_round_trip(plan_4b: Plan) -> None:
     assert Plan.from_json(json.loads(json.dumps(plan_4b.to_json()))) == plan_4b
 
 
-@pytest.mark.parametrize(
-    "damage", [{"role": "queen"}, {"format": "int3"}, {"shape": "wide"}, {"bytes": None}, {"colour": "red"}], ids=str
-)
+DAMAGE: tuple[dict[str, object], ...] = (
+    {"role": "queen"}, {"format": "int3"}, {"format": {"format": "int4", "group": 48}}, {"shape": "wide"}, {"bytes": None},
+    {"colour": "red"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=str)
 def test_damaged_json_is_refused(damage: dict[str, object]) -> None:
     rows = plan(small_text_model(), recipe()).to_json()
     with pytest.raises(CorruptCheckpoint, match=next(iter(damage))):
@@ -165,12 +219,12 @@ def test_every_offender_is_listed_at_once() -> None:
     assert [line.strip().rsplit(" ", 3)[0] if "would drop" in line else line.strip() for line in lines] == [
         "model.layers.0.mlp.router: no role is known for this Linear; is this a Gemma 3?",
         "lm_head: has a weight of its own, and only a head tied to the embedding is supported",
-        "quantization.roles.vision is int8, and the model has no such layer",
         "sparsity.0 (rows): the model has no vision layer",
         "sparsity.0 (rows): model.layers.0.self_attn.k_proj [16, 32]: a ratio of 0.01 would drop",
         "sparsity.0 (rows): model.layers.1.self_attn.k_proj [16, 32]: a ratio of 0.01 would drop",
         "sparsity.1 (magnitude): model.layers.0.mlp.up_proj [48, 32]: a ratio of 0.01 would drop",
         "sparsity.1 (magnitude): model.layers.1.mlp.up_proj [48, 32]: a ratio of 0.01 would drop",
+        "quantization.roles.vision is int8, and the model has no such layer",
     ]
 
 

@@ -1,4 +1,4 @@
-"""int8 rows against their promise and plain arithmetic, storage formats, and the walk over a model."""
+"""Every format against its promise and plain arithmetic, the shared table, and the walk over a model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from gemma_opt.errors import PlanError, WeightsError
+from gemma_opt.layout import float_dtype
 from gemma_opt.policy import plan, planned_weights, role_of
-from gemma_opt.quantization import Int8Linear, empty_like_plan_, quantize_, sanitize_, stored_dtype
+from gemma_opt.quantization import (
+    Int4Linear,
+    Int8Embedding,
+    Int8Head,
+    Int8Linear,
+    QuantizedLinear,
+    empty_like_plan_,
+    grid,
+    quantize_,
+    sanitize_,
+    untie_head_,
+)
+from gemma_opt.quantization.handlers import int8_rows
 from tests.shapes import recipe, small_model, small_text_model
 
 UP = "model.layers.0.mlp.up_proj"
@@ -106,6 +120,128 @@ def test_repr_says_what_a_linear_says() -> None:
     assert repr(int8_of(awkward_weight())) == "Int8Linear(in_features=32, out_features=48, bias=False)"
 
 
+# int4 groups
+
+PACKED = {"default": {"format": "int4"}, "roles": {"down": "int8", "embedding": "int8"}}  # down reads 48: no int4 group
+
+
+def int4_of(weight: Tensor, **options: object) -> Int4Linear:
+    """What `quantize_` makes of one weight [48, 32]."""
+    model = small_text_model()
+    planned_weights(model, plan(model, recipe()).rows)[UP].data = weight.clone()
+    quantize_(model, plan(model, recipe(roles={"up": {"format": "int4", **options}})))
+    layer = model.get_submodule(UP)
+    assert isinstance(layer, Int4Linear)
+    return layer
+
+
+def test_nibbles_are_packed_as_the_contract_says() -> None:
+    """Column 2i in the low nibble of byte i; a weight is (nibble − zero) · scale."""
+    packed = torch.tensor([[0x10, 0x32], [0xFE, 0x0F]], dtype=torch.uint8)
+    assert grid.unpack_nibbles(packed).tolist() == [[0, 1, 2, 3], [14, 15, 15, 0]]
+    assert torch.equal(grid.pack_nibbles(grid.unpack_nibbles(packed)), packed)
+    scale, zero = torch.tensor([[0.5], [2.0]]).bfloat16(), torch.tensor([[1], [15]], dtype=torch.uint8)
+    layer = Int4Linear(packed, scale, zero)
+    assert layer.dequantize().tolist() == [[-0.5, 0.0, 0.5, 1.0], [-2.0, 0.0, 0.0, -30.0]]
+    assert layer.zeros() == 3
+    assert (layer.in_features, layer.out_features, layer.group) == (4, 2, 4)
+    assert Int4Linear(packed, scale).dequantize().tolist() == [[-4.0, -3.5, -3.0, -2.5], [12.0, 14.0, 14.0, -16.0]]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_keeps_its_promise(symmetric: bool) -> None:
+    weight = awkward_weight()
+    layer = int4_of(weight, symmetric=symmetric)
+    assert (layer.weight_packed.dtype, layer.weight_scale.dtype) == (torch.uint8, torch.bfloat16)
+    assert (tuple(layer.weight_packed.shape), tuple(layer.weight_scale.shape)) == ((48, 16), (48, 1))
+    assert (layer.weight_zero is None) == symmetric
+    scale = layer.weight_scale.double()
+    # Half a step; at the ends of the range also what rounding scales to bfloat16 (1/256 of 15 steps) and zero points adds.
+    allowed = scale * (0.51 + 15 / 256 + (0 if symmetric else 0.5))
+    exact = weight.double()
+    assert ((exact - layer.dequantize().double()).abs() <= allowed)[exact.abs().amax(dim=1) > 1e-6].all()
+    assert (layer.dequantize()[weight == 0] == 0).all()
+    assert (layer.weight_scale > 0).all()
+    assert layer.zeros() >= int((weight == 0).sum())
+
+
+def test_asymmetric_groups_use_all_sixteen_steps_where_weights_have_one_sign() -> None:
+    layer = int4_of(torch.linspace(0.5, 2.0, 48 * 32).view(48, 32))
+    assert layer.weight_zero is not None
+    assert (layer.weight_zero == 0).all()
+    assert int(grid.unpack_nibbles(layer.weight_packed).max()) == 15
+    exact = torch.linspace(0.5, 2.0, 48 * 32).view(48, 32)
+    symmetric = int4_of(exact, symmetric=True)
+    assert (layer.dequantize() - exact).abs().mean() < 0.6 * (symmetric.dequantize() - exact).abs().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_forward_is_the_dequantized_product(dtype: torch.dtype, symmetric: bool) -> None:
+    made = int4_of(torch.randn(48, 32, generator=torch.Generator().manual_seed(1)), symmetric=symmetric)
+    layer = Int4Linear(made.weight_packed, made.weight_scale, made.weight_zero, torch.linspace(-1, 1, 48, dtype=dtype))
+    x = torch.randn((2, 3, 32), generator=torch.Generator().manual_seed(2)).to(dtype)
+    y = layer(x)
+    expected = functional.linear(x.double(), layer.dequantize().double(), torch.linspace(-1, 1, 48, dtype=dtype).double())
+    assert y.dtype == dtype
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), y)
+    assert repr(layer).endswith(f"bias=True, group=32, symmetric={symmetric})")
+
+
+# The shared table
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_int8_table_is_transformers_embedding_of_its_dequantized_rows(dtype: torch.dtype) -> None:
+    rows, scale = int8_rows(torch.randn(40, 32, generator=torch.Generator().manual_seed(3)))
+    table = Int8Embedding(rows, scale, 32**0.5, dtype)
+    oracle = Gemma3TextScaledWordEmbedding(40, 32, 0, 32**0.5).requires_grad_(False)
+    oracle.weight.copy_(table.dequantize())
+    ids = torch.tensor([[3, 39, 0], [7, 7, 21]])
+    assert torch.equal(table(ids), oracle.to(dtype)(ids))
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(4)).to(dtype)
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
+    wanted = functional.linear(x.double(), table.dequantize().double())
+    torch.testing.assert_close(Int8Head(table)(x).double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_the_head_multiplies_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, scale = int8_rows(torch.randn(40, 32, generator=torch.Generator().manual_seed(3)))
+    head, x = Int8Head(Int8Embedding(rows, scale, 1.0, torch.float32)), torch.randn(3, 32)
+    whole = head(x)
+    monkeypatch.setattr("gemma_opt.quantization.table._HEAD_ROWS", 7)
+    torch.testing.assert_close(head(x), whole)
+
+
+def test_no_move_or_copy_breaks_the_tie() -> None:
+    """Buffers under two names would part ways at the first `.to(device)`: the 4B would then hold its table twice."""
+    model = small_text_model()
+    quantize_(model, plan(model, recipe(default="int8", roles={"embedding": "int8"})))
+    assert not [name for name in model.state_dict() if name.startswith("lm_head")]
+    for version in (model, copy.deepcopy(model), copy.deepcopy(model).to("meta")):
+        table = version.model.embed_tokens
+        assert isinstance(table, Int8Embedding)
+        assert isinstance(version.lm_head, Int8Head)
+        assert version.lm_head.weight is table.weight
+        assert version.lm_head.weight_scale is table.weight_scale
+
+
+def test_for_export_the_head_can_be_untied() -> None:
+    model = small_text_model()
+    with pytest.raises(PlanError, match="the head is a Linear"):
+        untie_head_(model)
+    quantize_(model, plan(model, recipe(default="int8", roles={"embedding": "int8"})))
+    ids = torch.arange(3, 9)[None]
+    with torch.inference_mode():
+        before = model(ids).logits
+        untie_head_(model)
+        assert torch.equal(model(ids).logits, before)
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
 # The walk over a model
 
 
@@ -148,27 +284,32 @@ def test_float_formats_round_and_stay_plain(stored: str) -> None:
     quantize_(model, drawn)
     for name, after in model.state_dict().items():
         row = drawn[name.rpartition(".")[0]]
-        dtype = torch.float32 if row.role == "norm" else stored_dtype(drawn[UP].format)
+        dtype = torch.float32 if row.role == "norm" else float_dtype(drawn[UP].format)
         assert after.dtype == torch.float32
         assert torch.equal(after, before[name].to(dtype).float())
 
 
-def test_predicted_bytes_are_the_bytes_of_the_tensors(pictured: nn.Module) -> None:
+MIXED = {"vision": "int8", "query": "fp16", "up": {"format": "int4", "group": 64, "symmetric": True}, "embedding": "int8"}
+
+
+@pytest.mark.parametrize("formats", [{"vision": "int8", "query": "fp16"}, MIXED, MIXED | {"gate": "int4"}], ids=len)
+def test_predicted_bytes_are_the_bytes_of_the_tensors(pictured: nn.Module, formats: dict[str, object]) -> None:
     model = copy.deepcopy(pictured).bfloat16()
-    drawn = plan(model, recipe(dtype="bfloat16", default="int8", roles={"vision": "int8", "query": "fp16"}))
+    drawn = plan(model, recipe(dtype="bfloat16", default="int8", roles=formats))
     quantize_(model, drawn)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     assert {name.rpartition(".")[0] for name in tensors} | {"lm_head"} == drawn.by_name.keys()
     assert sum(tensor.nbytes for tensor in tensors.values()) == drawn.bytes
 
 
-def test_a_quantized_model_computes_with_the_dequantized_weights(pictured: nn.Module) -> None:
+@pytest.mark.parametrize("formats", [{"embedding": "fp32"}, {"embedding": "int8", "gate": "int4"}], ids=str)
+def test_a_quantized_model_computes_with_the_dequantized_weights(pictured: nn.Module, formats: dict[str, object]) -> None:
     model, plain = copy.deepcopy(pictured), copy.deepcopy(pictured)
-    formats = {"vision": "int8", "projector": "fp32", "embedding": "fp32"}
+    formats = {"vision": "int8", "projector": "fp32"} | formats
     quantize_(model, plan(model, recipe(default="int8", roles=formats)))
     weights = planned_weights(plain, plan(plain, recipe()).rows)
     for name, module in model.named_modules():
-        if isinstance(module, Int8Linear):
+        if isinstance(module, QuantizedLinear | Int8Embedding):
             weights[name].data = module.dequantize()
     inputs = {
         "input_ids": torch.cat((torch.tensor([2, 300]), torch.full((64,), 2047), torch.arange(110, 130)))[None],
@@ -181,8 +322,9 @@ def test_a_quantized_model_computes_with_the_dequantized_weights(pictured: nn.Mo
         torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_quantized_model_loads_strictly_into_an_empty_one() -> None:
-    model, drawn = small_text_model(), plan(small_text_model(), recipe(default="int8"))
+@pytest.mark.parametrize("formats", [{"default": "int8"}, PACKED], ids=["int8", "packed"])
+def test_a_quantized_model_loads_strictly_into_an_empty_one(formats: dict[str, object]) -> None:
+    model, drawn = small_text_model(), plan(small_text_model(), recipe(**formats))
     quantize_(model, drawn)
     with torch.device("meta"):
         empty = type(model)(model.config)
@@ -264,4 +406,12 @@ def test_a_planned_linear_must_be_one() -> None:
     drawn = plan(model, recipe(default="int8"))
     model.set_submodule(UP, nn.Embedding(48, 32))
     with pytest.raises(PlanError, match="is a Embedding, not a linear"):
+        quantize_(model, drawn)
+
+
+def test_a_planned_table_must_be_an_embedding() -> None:
+    model = small_text_model()
+    drawn = plan(model, recipe(roles={"embedding": "int8"}))
+    model.set_submodule("model.embed_tokens", nn.Linear(32, 128, bias=False))
+    with pytest.raises(PlanError, match="is a Linear, not an embedding"):
         quantize_(model, drawn)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from gemma_opt.errors import RecipeError, RecipeNotFound
-from gemma_opt.recipe import Gradual, Recipe, packaged_recipes
+from gemma_opt.recipe import TEXT_ROLES, Gradual, Int4, Int8, Recipe, packaged_recipes
 
 PRUNED = "small-int8-pruned"
 
@@ -32,7 +32,7 @@ def test_overrides_reach_into_lists_and_make_missing_sections() -> None:
         "small-bf16", ("sparsity=[{method: rows, ratio: 0.1}]", "sparsity.0.ratio=0.3", "quantization.roles.vision=int8")
     )
     assert recipe.sparsity[0].ratio == 0.3
-    assert recipe.quantization.roles.vision == "int8"
+    assert recipe.quantization.roles.vision == Int8()
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,12 @@ def test_overrides_reach_into_lists_and_make_missing_sections() -> None:
         ("sparsity.0.roles=[query, query]", "a role is named twice"),
         ("quantization.default=int3", "quantization.default"),
         ("quantization.roles.head=int8", "quantization.roles.head"),
+        ("quantization.roles.embedding=int4", "quantization.roles.embedding"),
+        ("quantization.roles.projector=int8", "quantization.roles.projector"),
+        ("quantization.default={format: int4, group: 48}", "quantization.default.int4.group"),
+        ("quantization.default={format: int8, group: 32}", "quantization.default.int8.group: unknown key"),
+        ("quantization.default={group: 32}", "quantization.default"),
+        ("quantization.default=tied", "quantization.default"),
         ("model.dtype=float16", "model.dtype"),
         ("model.revision=main", "model.revision"),
         ("model.base=", "model.base"),
@@ -80,6 +86,22 @@ def test_all_offenders_are_listed_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         Recipe.load(PRUNED, ("colour=red", "engine.queue=-1", "sparsity.0.ratio=2"))
     assert all(where in str(caught.value) for where in ("colour", "engine.queue", "sparsity.0.gradual.ratio"))
+
+
+def test_formats_are_names_or_names_with_options() -> None:
+    short = Recipe.load("small-int8", ("quantization.default=int4",)).quantization
+    long = Recipe.load("small-int8", ("quantization.default={format: int4, group: 32}",)).quantization
+    assert short == long
+    assert short.default == Int4()
+    assert short.of_role("query") == Int4()
+    assert short.of_role("vision") == Int8()
+    assert short.formats().keys() == {*TEXT_ROLES, "vision", "projector", "embedding", "head"}
+
+
+def test_written_recipes_spell_options_out_so_that_new_defaults_cannot_change_them() -> None:
+    tree = yaml.safe_load(Recipe.load("small-int8", ("quantization.default=int4",)).to_yaml())["quantization"]
+    assert tree["default"].keys() == {"format", *Int4.model_fields}
+    assert tree["roles"] == {"vision": "int8", "projector": "bf16", "embedding": "int8", "head": "tied"}
 
 
 def test_fp32_weights_need_fp32_activations() -> None:

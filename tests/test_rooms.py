@@ -11,7 +11,7 @@ import gemma_opt
 PACKAGE = Path(gemma_opt.__file__).parent
 TIERS = {
     0: ("errors", "recipe", "charts", "shapes"),
-    1: ("policy", "gemma", "fetching", "images", "prompt", "text", "calibration"),
+    1: ("layout", "policy", "gemma", "fetching", "images", "prompt", "text", "calibration"),
     2: ("sparsity", "quantization", "inspection", "sizing"),
     3: ("pipeline", "checkpoint", "engine"),
     4: ("environment", "loading", "service", "cancellation", "request_inputs", "evaluation", "serving"),

@@ -11,6 +11,7 @@ from PIL import Image
 
 from benchmarks.quality import sweep
 from benchmarks.quality.plot import draw
+from gemma_opt.recipe import Fp32, Int8
 
 TEXTS = {"bars": "A bar chart with three bars: red, blue and green. " * 60, "shapes": "A red circle above a blue star. " * 90}
 ENTRIES: list[sweep.Entry] = [
@@ -64,6 +65,6 @@ def test_the_list_covers_what_it_promises() -> None:
 
 def test_plain_entries_are_recipes(tmp_path: Path) -> None:
     recipe = sweep.recipe_of({"name": "int8", "quantization": {"default": "int8"}}, "small-gemma3", tmp_path)
-    assert recipe.quantization.default == "int8"
-    assert recipe.quantization.roles.embedding == "fp32"
+    assert recipe.quantization.default == Int8()
+    assert recipe.quantization.roles.embedding == Fp32()
     assert recipe.model.dtype == "float32"

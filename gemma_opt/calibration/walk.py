@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_opt.calibration.samples import Sample
-from gemma_opt.gemma import GemmaModel
+from gemma_opt.gemma import GemmaModel, weights_device
 from gemma_opt.policy import Role, role_of
 
 # Linears that read the same tensor, in the order in which they run.
@@ -249,12 +249,12 @@ def _equal(one: object, other: object) -> bool:
 
 def model_inputs(model: GemmaModel, sample: Sample) -> dict[str, Tensor]:
     """A sample as keyword arguments of the model's forward."""
-    embedding = cast(Tensor, model.get_input_embeddings().weight)
-    ids = sample.token_ids.to(embedding.device)
+    device = weights_device(model)
+    ids = sample.token_ids.to(device)
     if sample.images is None:
         return {"input_ids": ids}
     return {
         "input_ids": ids,
-        "pixel_values": sample.images.to(embedding.device, embedding.dtype),
+        "pixel_values": sample.images.to(device, model.dtype),
         "token_type_ids": (ids == model.config.image_token_id).long(),
     }

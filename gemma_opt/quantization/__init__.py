@@ -1,7 +1,17 @@
-"""Quantization: torchao makes the int8 weights, plain modules hold them."""
+"""Quantization: how weights become int8, int4 or fp8, and the plain modules that hold them."""
 
-from gemma_opt.policy import stored_dtype
-from gemma_opt.quantization.linear import Int8Linear
+from gemma_opt.quantization.linear import Int4Linear, Int8Linear, QuantizedLinear
+from gemma_opt.quantization.table import Int8Embedding, Int8Head, untie_head_
 from gemma_opt.quantization.weights import empty_like_plan_, quantize_, sanitize_
 
-__all__ = ["Int8Linear", "empty_like_plan_", "quantize_", "sanitize_", "stored_dtype"]
+__all__ = [
+    "Int4Linear",
+    "Int8Embedding",
+    "Int8Head",
+    "Int8Linear",
+    "QuantizedLinear",
+    "empty_like_plan_",
+    "quantize_",
+    "sanitize_",
+    "untie_head_",
+]

@@ -1,30 +1,77 @@
-"""The linear layer with int8 weights, in plain tensors under the names that checkpoints use.
+"""Linear layers with quantized weights, in plain tensors under the names that checkpoints use (`gemma_opt.layout`).
 
-Plain tensors rather than torchao's subclass: they save as they are, compile caches keep across torchao versions, and the
-engine packs them as it likes. This forward is the one that runs anywhere; in eager mode it rebuilds the weight in the
-activations' dtype at every call, which compilation fuses away and the engine's kernels avoid.
+Plain tensors rather than torchao's subclasses: they save as they are, compile caches keep across torchao versions, and the
+engine packs them as it likes. These forwards run anywhere and define what is right; in eager mode they rebuild the weight in
+the activations' dtype at every call, which compilation fuses away and the engine's kernels avoid.
 """
+
+from __future__ import annotations
+
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gemma_opt.quantization.grid import SYMMETRIC_ZERO, unpack_nibbles
 
-class Int8Linear(nn.Module):
-    """y = (x · weightᵀ) · weight_scale + bias, with symmetric int8 weights and one scale per output row.
+Activation = Literal["none"]
 
-    weight: int8 [out, in]; weight_scale: float32 [out]; bias: [out] or None. All are buffers: nothing here is trained.
-    Move it with `.to(device)` only: `.to(dtype)` would round the scales.
+
+class QuantizedLinear(nn.Module):
+    """What all of them share. Every tensor is a buffer: nothing here is trained.
+
+    activation: what happens to the input before the product; "none" leaves it. Move such a layer with `.to(device)` only:
+    `.to(dtype)` would round the scales.
     """
 
-    weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, bias: Tensor | None, activation: Activation) -> None:
         super().__init__()
+        self.activation: Activation = activation
+        self.register_buffer("bias", bias)
+
+    @property
+    def in_features(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def out_features(self) -> int:
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """The weight as float32 [out, in]."""
+        raise NotImplementedError
+
+    def zeros(self) -> int:
+        """How many weights are exactly zero."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in], any float dtype. Returns [..., out] in x's dtype."""
+        y = functional.linear(x, self.dequantize().to(x.dtype))
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """The figures nn.Linear prints."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Int8Linear(QuantizedLinear):
+    """y = (x · weightᵀ) · weight_scale + bias, with symmetric int8 weights and one scale per output row.
+
+    weight: int8 [out, in]; weight_scale: float32 [out]; bias: [out] or None.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, activation: Activation = "none"
+    ) -> None:
+        super().__init__(bias, activation)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("bias", bias)
 
     @property
     def in_features(self) -> int:
@@ -35,9 +82,8 @@ class Int8Linear(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in], any float dtype. Returns [..., out] in x's dtype.
-
-        int8 values are exact in bfloat16, so only the product is rounded; scale and bias are applied in float32.
+        """As every QuantizedLinear. int8 values are exact in bfloat16, so only the product is rounded; scale and bias are
+        applied in float32.
         """
         y = functional.linear(x, self.weight.to(x.dtype)) * self.weight_scale
         return (y if self.bias is None else y + self.bias).to(x.dtype)
@@ -46,6 +92,60 @@ class Int8Linear(nn.Module):
         """The weight as float32 [out, in]."""
         return self.weight * self.weight_scale[:, None]
 
+    def zeros(self) -> int:
+        """How many weights are exactly zero."""
+        return int((self.weight == 0).sum())
+
+
+class Int4Linear(QuantizedLinear):
+    """y = x · ((nibble − zero) · weight_scale)ᵀ + bias, with scale and zero point of every group of neighbours in a row.
+
+    weight_packed: uint8 [out, in/2], the even column in the low nibble; weight_scale: bfloat16 [out, in/group]; weight_zero:
+    uint8 [out, in/group], 0..15, or None where every zero point is 8 (symmetric); bias: [out] or None.
+    """
+
+    weight_packed: Tensor
+    weight_zero: Tensor | None
+
+    def __init__(
+        self,
+        weight_packed: Tensor,
+        weight_scale: Tensor,
+        weight_zero: Tensor | None = None,
+        bias: Tensor | None = None,
+        activation: Activation = "none",
+    ) -> None:
+        super().__init__(bias, activation)
+        self.register_buffer("weight_packed", weight_packed)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("weight_zero", weight_zero)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_packed.shape[1] * 2
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_packed.shape[0]
+
+    @property
+    def group(self) -> int:
+        """Neighbours in a row that share a scale."""
+        return self.in_features // self.weight_scale.shape[1]
+
+    def steps(self) -> Tensor:
+        """nibble − zero as int8 [out, groups, group], −15..15: the weights in units of their scale."""
+        zero = SYMMETRIC_ZERO if self.weight_zero is None else self.weight_zero.char()[..., None]
+        return unpack_nibbles(self.weight_packed).char().unflatten(1, (-1, self.group)) - zero
+
+    def dequantize(self) -> Tensor:
+        """The weight as float32 [out, in]."""
+        return (self.steps() * self.weight_scale.float()[..., None]).flatten(1)
+
+    def zeros(self) -> int:
+        """How many weights are exactly zero."""
+        return int((self.steps() == 0).sum())
+
     def extra_repr(self) -> str:
-        """The figures nn.Linear prints."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        """The figures nn.Linear prints, and the group."""
+        return f"{super().extra_repr()}, group={self.group}, symmetric={self.weight_zero is None}"

@@ -1,17 +1,26 @@
-"""Bring every weight of a model into the format that the plan gives it: in place, one layer at a time.
+"""Bring every weight of a model into the format that the plan gives it: in place, one module at a time.
 
-int8 rows come from torchao's `quantize_`; its data and scales are taken out at once and put into plain modules. Float
-formats are storage formats: weights are rounded to them and stay in the dtype the model computes in.
+Float formats are storage formats: weights are rounded to them and stay in the dtype the model computes in. Quantized ones
+replace the module by one that holds plain quantized tensors (`linear`, `table`).
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from gemma_opt import layout
+from gemma_opt.calibration import CalibrationData
 from gemma_opt.errors import PlanError, WeightsError
-from gemma_opt.policy import Plan, PlanRow, Progress, StoredFormat, planned_weights, quiet, stored_dtype
-from gemma_opt.quantization.linear import Int8Linear
+from gemma_opt.policy import Plan, PlanRow, Progress, planned_weights, quiet
+from gemma_opt.quantization.handlers import bias_of, empty_linear, linear_of, weigh
+from gemma_opt.quantization.linear import QuantizedLinear
+from gemma_opt.quantization.table import Int8Embedding, Int8Head
+from gemma_opt.recipe import FLOATS, Tied
+
+HEAD = "lm_head"
 
 
 def sanitize_(model: nn.Module) -> None:
@@ -29,103 +38,86 @@ def sanitize_(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def quantize_(model: nn.Module, plan: Plan, progress: Progress = quiet) -> None:
-    """Bring every planned weight into its format; the planned int8 linears become `Int8Linear`.
+def quantize_(model: nn.Module, plan: Plan, progress: Progress = quiet, data: CalibrationData | None = None) -> None:
+    """Bring every planned weight into its format: linears become `QuantizedLinear`s, an int8 table serves its tied head too.
 
-    Needs the memory of one more layer in float32. Zeros stay exactly zero. Raises WeightsError for weights that are unusable
-    or overflow their format, and PlanError where the model is not, or did not become, the planned one.
+    Needs the memory of one more layer in float32. Zeros stay exactly zero. data: for formats with `needs_data`. Raises
+    WeightsError for weights that are unusable or overflow their format, and PlanError where the model is not, or did not
+    become, the planned one.
     """
     sanitize_(model)
     _refuse_overflow(planned_weights(model, plan.rows), plan)
     for done, row in enumerate(plan.rows, start=1):
-        _CONVERT[row.format](model, row)
+        if isinstance(row.format, FLOATS):
+            _round_(model, row)
+        elif row.kind == "embedding":
+            _replace_table_(model, row, **weigh(row.format, _table(model, row).weight.detach()))
+        elif not isinstance(row.format, Tied):
+            linear = _linear(model, row)
+            tensors = weigh(row.format, linear.weight.detach())
+            model.set_submodule(row.name, linear_of(row.format, tensors, bias_of(linear)))
         progress(done, len(plan.rows), row.name)
     _reconcile(model, plan)
 
 
 def empty_like_plan_(model: nn.Module, plan: Plan) -> None:
-    """Replace the planned int8 linears by empty ones, on the model's device (meta): the module tree that `quantize_` leaves.
+    """Replace the planned modules by empty ones, on the model's device (meta): the module tree that `quantize_` leaves.
 
     A checkpoint can then be loaded strictly into it. Raises PlanError where the model is not the planned one.
     """
     planned_weights(model, plan.rows)
     for row in plan.quantized():
-        linear = _linear(model, row)
-        weight = torch.empty_like(linear.weight, dtype=torch.int8, requires_grad=False)
-        scale = linear.weight.new_empty(linear.out_features, dtype=torch.float32, requires_grad=False)
-        _replace_(model, row, weight, scale)
+        if row.kind == "embedding":
+            device = _table(model, row).weight.device
+            specs = layout.tensors(row.format, row.shape)
+            _replace_table_(model, row, **{name: spec.empty(device) for name, spec in specs.items()})
+        else:
+            model.set_submodule(row.name, empty_linear(row.format, _linear(model, row)))
     _reconcile(model, plan)
 
 
-def _to_int8_(model: nn.Module, row: PlanRow) -> None:
-    _replace_(model, row, *_int8_rows(_linear(model, row).weight.detach()))
-
-
 def _round_(model: nn.Module, row: PlanRow) -> None:
-    weight = planned_weights(model, [row])[row.name]
-    if weight.dtype != stored_dtype(row.format):
-        weight.copy_(weight.to(stored_dtype(row.format)))
-
-
-def _leave(model: nn.Module, row: PlanRow) -> None:
-    """A tied weight follows the one it is tied to."""
-
-
-_CONVERT: dict[StoredFormat, Callable[[nn.Module, PlanRow], None]] = {
-    "fp32": _round_,
-    "bf16": _round_,
-    "fp16": _round_,
-    "int8": _to_int8_,
-    "tied": _leave,
-}
-
-
-def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """torchao's symmetric int8 rows of a weight [out, in]: int8 [out, in] and float32 scales [out], never zero.
-
-    Quantized from float32, or the scales of a bfloat16 weight would carry its rounding.
-    """
-    # Imported here: it takes a second, and logs about extension libraries this package does not use.
-    from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
-    from torchao.quantization import quantize_ as torchao_quantize_
-
-    with torch.device("meta"):
-        scratch = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    scratch.weight = nn.Parameter(weight.float(), requires_grad=False)
-    # torchao would otherwise change inductor's settings for the whole process.
-    torchao_quantize_(scratch, Int8WeightOnlyConfig(set_inductor_config=False))
-    rows = scratch.weight
-    if not isinstance(rows, Int8Tensor):
-        raise PlanError(f"torchao left a weight of shape {list(weight.shape)} as it was")
-    return rows.qdata.contiguous(), rows.scale.reshape(-1).float()
+    weight, dtype = planned_weights(model, [row])[row.name], layout.float_dtype(row.format)
+    if weight.dtype != dtype:
+        weight.copy_(weight.to(dtype))
 
 
 def _linear(model: nn.Module, row: PlanRow) -> nn.Linear:
     module = model.get_submodule(row.name)
     if not isinstance(module, nn.Linear):
-        raise PlanError(f"{row.name}: is planned as int8, and is a {type(module).__name__}, not a linear")
+        raise PlanError(f"{row.name}: is planned as {row.format}, and is a {type(module).__name__}, not a linear")
     return module
 
 
-def _replace_(model: nn.Module, row: PlanRow, weight: Tensor, scale: Tensor) -> None:
-    bias = dict(_linear(model, row).named_parameters()).get("bias")
-    model.set_submodule(row.name, Int8Linear(weight, scale, None if bias is None else bias.detach()))
+def _table(model: nn.Module, row: PlanRow) -> nn.Embedding:
+    module = model.get_submodule(row.name)
+    if not isinstance(module, nn.Embedding):
+        raise PlanError(f"{row.name}: is planned as {row.format}, and is a {type(module).__name__}, not an embedding")
+    return module
+
+
+def _replace_table_(model: nn.Module, row: PlanRow, weight: Tensor, weight_scale: Tensor) -> None:
+    old = _table(model, row)
+    factor = cast(float, getattr(old, "scalar_embed_scale", 1.0))
+    table = Int8Embedding(weight, weight_scale, factor, old.weight.dtype)
+    model.set_submodule(row.name, table)
+    model.set_submodule(HEAD, Int8Head(table))
 
 
 def _reconcile(model: nn.Module, plan: Plan) -> None:
-    made = {name for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    made = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear | Int8Embedding)}
     wrong = made ^ {row.name for row in plan.quantized()}
     if wrong:
-        raise PlanError("int8 as planned or as found, not both:\n  " + "\n  ".join(sorted(wrong)))
+        raise PlanError("quantized as planned or as found, not both:\n  " + "\n  ".join(sorted(wrong)))
 
 
 def _refuse_overflow(weights: dict[str, nn.Parameter], plan: Plan) -> None:
     wrong: list[str] = []
     for name, weight in weights.items():
         stored = plan[name].format
-        if stored in ("fp32", "bf16", "fp16"):
+        if isinstance(stored, FLOATS):
             low, high = weight.aminmax()
-            if not torch.stack((low, high)).to(stored_dtype(stored)).isfinite().all():
+            if not torch.stack((low, high)).to(layout.float_dtype(stored)).isfinite().all():
                 wrong.append(f"{name}: reaches {max(-float(low), float(high)):g}, beyond {stored}")
     if wrong:
         raise WeightsError(f"{len(wrong)} layers overflow their format:\n  " + "\n  ".join(wrong))

@@ -13,11 +13,12 @@ from torch import Tensor
 from gemma_opt import gemma, pipeline
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import Span, TextModel
-from gemma_opt.engine.weights import Int8Rows, take_weights
+from gemma_opt.engine.weights import Int4Rows, Int8Rows, take_weights
 from gemma_opt.errors import EngineError
 from gemma_opt.evaluation.perplexity import builtin_text
 from gemma_opt.prompt import EncodedPrompt, PromptEncoder, single_turn
-from gemma_opt.quantization.linear import Int8Linear
+from gemma_opt.quantization.linear import QuantizedLinear
+from gemma_opt.quantization.table import Int8Embedding
 from gemma_opt.recipe import BaseModelSection
 from gemma_opt.sizing import kv_cache
 
@@ -174,24 +175,28 @@ def test_verifying_tokens_leaves_no_trace_of_wrong_ones(use_kernels: bool) -> No
         torch.testing.assert_close(logits[:3], expected[start : start + 3], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("use_kernels", [True, False])
+@pytest.mark.parametrize("stored", ["int8", "int4"])
 @torch.inference_mode()
-def test_int8_weights_give_the_dequantized_models_logits() -> None:
-    """int8 linears and float table against the float model that holds exactly the dequantized weights."""
+def test_quantized_weights_give_the_dequantized_models_logits(stored: str, use_kernels: bool) -> None:
+    """Quantized linears and the shared int8 table, against the float model that holds exactly the dequantized weights."""
     model = fresh_model()
-    pipeline.compress(model, recipe(default="int8"))
+    table = {"roles": {"embedding": "int8", "head": "tied"}}
+    pipeline.compress(model, recipe(default={"format": "int4", "group": 32} if stored == "int4" else "int8", **table))
     reference = fresh_model()
     for name, module in model.named_modules():
-        if isinstance(module, Int8Linear):
+        if isinstance(module, QuantizedLinear | Int8Embedding):
             reference.get_submodule(name).weight.copy_(module.dequantize())
     prompt = encode("a picture")
-    for use_kernels in (True, False):
-        text = text_model(model, use_kernels=use_kernels)
-        assert all(isinstance(layer.qkv, Int8Rows) and isinstance(layer.gate_up, Int8Rows) for layer in text.weights.layers)
-        exact = text_model(reference, use_kernels=False)
-        rows, spans = embeddings(text, reference, prompt)
-        torch.testing.assert_close(text.prefill(0, rows, 0, spans), exact.prefill(0, rows, 0, spans), rtol=0, atol=2e-4)
-        step = torch.tensor([7]), torch.tensor([0]), torch.tensor([len(rows)])
-        torch.testing.assert_close(text.decode(*step), exact.decode(*step), rtol=0, atol=2e-4)
+    text, exact = text_model(model, use_kernels=use_kernels), text_model(reference, use_kernels=False)
+    kind = Int4Rows if stored == "int4" else Int8Rows
+    assert all(isinstance(linear, kind) for layer in text.weights.layers for linear in (layer.qkv, layer.o, layer.gate_up))
+    assert isinstance(text.weights.table, Int8Rows)
+    assert text.weights.head is text.weights.table
+    rows, spans = embeddings(text, reference, prompt)
+    torch.testing.assert_close(text.prefill(0, rows, 0, spans), exact.prefill(0, rows, 0, spans), rtol=0, atol=2e-4)
+    step = torch.tensor([7]), torch.tensor([0]), torch.tensor([len(rows)])
+    torch.testing.assert_close(text.decode(*step), exact.decode(*step), rtol=0, atol=2e-4)
 
 
 def test_the_caches_bytes_are_the_planned_ones() -> None:

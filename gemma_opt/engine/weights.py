@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from gemma_opt.errors import EngineError
 from gemma_opt.gemma import GemmaModel, text_layers
-from gemma_opt.quantization.linear import Int8Linear
+from gemma_opt.quantization.linear import Int4Linear, Int8Linear
+from gemma_opt.quantization.table import Int8Embedding, Int8Head
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def take_weights(model: GemmaModel, *, release: bool) -> TextWeights:
 
 def _take_layer(layer: nn.Module, *, sliding: bool) -> LayerWeights:
     def packed(*names: str) -> PackedLinear:
-        return pack_rows([_pack_one(layer.get_submodule(name)) for name in names])
+        return pack_rows([_pack_checked(name, layer.get_submodule(name)) for name in names])
 
     def norm(name: str) -> Tensor:
         return _norm(layer.get_submodule(name))
@@ -200,26 +201,36 @@ def _take_layer(layer: nn.Module, *, sliding: bool) -> LayerWeights:
     )
 
 
+def _pack_checked(name: str, module: nn.Module) -> PackedLinear:
+    if getattr(module, "bias", None) is not None:
+        raise EngineError(f"{name}: Gemma 3 linears have no bias, and this one has")
+    activation = getattr(module, "activation", "none")
+    if activation != "none":
+        raise EngineError(f"{name}: this engine does not compute {activation} activations")
+    return _pack_one(module)
+
+
 @singledispatch
 def _pack_one(module: nn.Module) -> PackedLinear:
     raise EngineError(f"no packed form for a {type(module).__name__}")
 
 
-@_pack_one.register
-def _(module: nn.Linear) -> PackedLinear:
-    _refuse_bias(module)
+@_pack_one.register(nn.Linear)
+@_pack_one.register(nn.Embedding)
+def _(module: nn.Linear | nn.Embedding) -> PackedLinear:
     return FloatRows(module.weight.detach())
 
 
-@_pack_one.register
-def _(module: nn.Embedding) -> PackedLinear:
-    return FloatRows(module.weight.detach())
-
-
-@_pack_one.register
-def _(module: Int8Linear) -> PackedLinear:
-    _refuse_bias(module)
+@_pack_one.register(Int8Linear)
+@_pack_one.register(Int8Embedding)
+@_pack_one.register(Int8Head)
+def _(module: Int8Linear | Int8Embedding | Int8Head) -> PackedLinear:
     return Int8Rows(module.weight, module.weight_scale)
+
+
+@_pack_one.register
+def _(module: Int4Linear) -> PackedLinear:
+    return Int4Rows(module.weight_packed, module.weight_scale, module.weight_zero)
 
 
 def pack_rows(parts: Sequence[PackedLinear]) -> PackedLinear:
@@ -254,7 +265,7 @@ def _frequencies(rotary: nn.Module, kind: str) -> Tensor:
 
 def _shape(model: GemmaModel) -> TextShape:
     config = model.config.get_text_config()
-    scale = dict(model.get_input_embeddings().named_buffers())["embed_scale"]
+    scale = torch.as_tensor(getattr(model.get_input_embeddings(), "embed_scale"))  # noqa: B009 a buffer, or a number
     return TextShape(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
@@ -266,11 +277,6 @@ def _shape(model: GemmaModel) -> TextShape:
         attention_scale=config.query_pre_attn_scalar**-0.5,
         embedding_scale=float(scale.to(model.dtype)),  # transformers rounds it to the weights' dtype
     )
-
-
-def _refuse_bias(module: nn.Module) -> None:
-    if getattr(module, "bias", None) is not None:
-        raise EngineError("Gemma 3 linears have no bias, and this one has")
 
 
 def _layer_kinds(model: GemmaModel) -> list[str]:

@@ -23,10 +23,12 @@ from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import TextModel, rms_norm
 from gemma_opt.engine.kernels import triton_attention, triton_layer
 from gemma_opt.engine.kernels.triton_decode import TritonDecode
-from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, multiply
+from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, dequantize_int4, multiply
+from gemma_opt.engine.kernels.triton_matrices import TritonLinear
 from gemma_opt.engine.kernels.triton_tuning import Tuning, default_blocks, file_name
+from gemma_opt.engine.linear import linear
 from gemma_opt.engine.rope import RopeTables, rope_table, rotate
-from gemma_opt.engine.weights import take_weights
+from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked, take_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCKS = Blocks(outputs=32, inputs=64)
@@ -200,6 +202,32 @@ def test_attention_reads_the_valid_positions_and_nothing_else(
         triton_attention.Scratch.empty(4, heads, head_dim, DEVICE), scale=0.3, window=window,
     )  # fmt: skip
     assert error(out.view_as(meant), meant) < 1e-6
+
+
+@pytest.mark.parametrize(("group", "has_zero"), [(32, True), (128, False)])
+def test_int4_weights_dequantize_to_what_the_torch_operations_make_of_them(group: int, has_zero: bool) -> None:
+    stored, meant = matrix(f"int4-{group}{'z' if has_zero else ''}", 35, 384)
+    assert torch.equal(dequantize_int4(stored, torch.float32).cpu().double(), meant)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4-32z"])
+def test_products_of_prefill_are_those_of_the_torch_operations(kind: str, rows: int) -> None:
+    """Few rows and many take different ways; so do linears of unlike formats on one input."""
+    stored, _ = matrix(kind, 48, 256)
+    packed = packed_as(stored)
+    both = Stacked((packed, FloatRows(torch.randn(7, 256, generator=seeded()).to(DEVICE))))
+    x = torch.randn(rows, 256, generator=seeded(rows)).to(DEVICE)
+    product = TritonLinear(Tuning(torch.float32))
+    assert error(product(packed, x), linear(packed, x)) < 1e-6
+    assert error(product(both, x), linear(both, x)) < 1e-6
+
+
+def packed_as(stored: Matrix) -> PackedLinear:
+    """The engine's form of a matrix: same tensors."""
+    if stored.scale is None:
+        return FloatRows(stored.weight)
+    return Int4Rows(stored.weight, stored.scale, stored.zero) if stored.group else Int8Rows(stored.weight, stored.scale)
 
 
 def test_default_blocks_fill_the_gpu_and_leave_every_split_work() -> None:

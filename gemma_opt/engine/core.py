@@ -12,15 +12,17 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from gemma_opt.engine.batch import Batch, step_apart
+from gemma_opt.engine.batch import Batch
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
 from gemma_opt.engine.forward import TextModel
+from gemma_opt.engine.graphs import steps_of
 from gemma_opt.engine.interface import EngineRequest, FinishReason
 from gemma_opt.engine.lookup import PromptLookup
 from gemma_opt.engine.pictures import PictureCache, picture_encoder
@@ -57,6 +59,7 @@ class FastEngine:
     load: builds the model; called on the engine's thread, which keeps it. See `EngineThread` for failures.
     warm_up_request: answered before the constructor returns, without a time limit: it pays for compilation.
     keep_layers: leave transformers' text layers usable, for evaluation; otherwise they are emptied as they are packed.
+    compile_cache: a checkpoint's folder of that name; what it has for this device is used.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class FastEngine:
         warm_up_request: Callable[[], EngineRequest] | None = None,
         *,
         keep_layers: bool = False,
+        compile_cache: Path | None = None,
     ) -> None:
         self.context = settings.context
         self.counters = Counters()
@@ -75,7 +79,9 @@ class FastEngine:
         self._compiler = SelectiveCompiler(compile_section.model_copy(update={"targets": modules}))
 
         def start() -> _Runner:
-            runner = _Runner(load(), settings, self._compiler, self.counters, keep_layers=keep_layers)
+            runner = _Runner(
+                load(), settings, self._compiler, self.counters, keep_layers=keep_layers, compile_cache=compile_cache
+            )
             if warm_up_request:
                 warm_up(runner, warm_up_request())
             return runner
@@ -140,6 +146,7 @@ class _Runner:
         counters: Counters,
         *,
         keep_layers: bool,
+        compile_cache: Path | None,
     ) -> None:
         compiler.compile_modules_(model)
         self._settings, self._counters = settings, counters
@@ -150,13 +157,14 @@ class _Runner:
         self._device = weights.device
         cache = KvCache(weights, slots=settings.slots, context=settings.context, slack=settings.lookup)
         self._cache = cache
-        self._model = TextModel(weights, cache)
+        self._model = TextModel(weights, cache, compile_cache=compile_cache)
         self._batch = Batch(settings.slots, weights.shape.vocabulary, self._stop_ids, self._device)
         ring = min([layer.length for layer in cache.layers if layer.sliding], default=settings.context)
         self._prefixes = Prefixes(settings.slots, ring, cache.window)
         self._scheduler: Scheduler[QueuedGeneration] = Scheduler(settings.slots)
         self._replies: dict[QueuedGeneration, _Reply] = {}
         self._row_cost = self._measure_row_cost() if settings.lookup else 1.0
+        self._step = steps_of(self._model.decode, self._batch)
 
     # Requests in and out
 
@@ -290,7 +298,7 @@ class _Runner:
         guesses = [self._guess(reply, len(replies)) for reply in replies]
         if any(guesses):
             return self._decode_guessing(replies, guesses)
-        tokens = step_apart(self._model.decode, self._batch, [reply.slot for reply in replies]).tolist()
+        tokens = self._step([reply.slot for reply in replies]).tolist()
         for reply, token in zip(replies, tokens, strict=True):
             self._prefixes.wrote(reply.slot, reply.position + 1)
             self._learn(reply, 0, [token], len(replies))

@@ -8,6 +8,7 @@ transformers' `generate` is the oracle.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,13 +27,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class TextModel:
     """A text model and its cache.
 
-    use_kernels: False keeps to the torch operations here, with which the kernels are compared.
+    use_kernels: False keeps to the torch operations here, with which the kernels are compared. compile_cache: see
+    `find_kernels`.
     """
 
-    def __init__(self, weights: TextWeights, cache: KvCache, *, use_kernels: bool = True) -> None:
+    def __init__(
+        self, weights: TextWeights, cache: KvCache, *, use_kernels: bool = True, compile_cache: Path | None = None
+    ) -> None:
         self.weights, self.cache = weights, cache
         self.rope = RopeTables.of(weights, cache.context)
-        found = find_kernels(weights, cache, self.rope) if use_kernels else None
+        found = find_kernels(weights, cache, self.rope, compile_cache) if use_kernels else None
         self._linear: Linear = found.linear if found else linear
         self._decode_step: DecodeStep = found.decode_step if found else self._decode_with_torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -36,11 +37,19 @@ class Kernels:
     linear: Linear
 
 
-def find_kernels(weights: TextWeights, cache: KvCache, rope: RopeTables) -> Kernels | None:
-    """The fastest kernels this machine has for these weights; None: torch operations."""
+def find_kernels(weights: TextWeights, cache: KvCache, rope: RopeTables, compile_cache: Path | None = None) -> Kernels | None:
+    """The fastest kernels this machine has for these weights; None: torch operations.
+
+    compile_cache: a checkpoint's folder of that name, with what was measured and compiled for this device, if anything.
+    """
     if weights.device.type == "cpu":
         from gemma_opt.engine.kernels.cpu import CpuLinear, find_cpu_step
 
         step = find_cpu_step(weights, cache, rope)
         return Kernels(step, CpuLinear(step.library)) if step else None
+    if weights.device.type == "cuda":
+        from gemma_opt.engine.kernels.gpu import find_gpu_kernels
+
+        found = find_gpu_kernels(weights, cache, rope, compile_cache)
+        return Kernels(*found) if found else None
     return None

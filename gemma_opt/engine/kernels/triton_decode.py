@@ -7,8 +7,6 @@ depend on the other rows (up to 16 of them). Runs on the CPU too under Triton's 
 
 from __future__ import annotations
 
-from functools import singledispatch
-
 import torch
 from torch import Tensor
 
@@ -16,17 +14,17 @@ from gemma_opt.engine.cache import KvCache, LayerCache
 from gemma_opt.engine.kernels import triton_attention
 from gemma_opt.engine.kernels.triton_layer import add_norm, embed, place_qkv
 from gemma_opt.engine.kernels.triton_linear import Matrix, multiply
+from gemma_opt.engine.kernels.triton_matrices import matrix_of, uses_of
 from gemma_opt.engine.kernels.triton_tuning import Tuning
 from gemma_opt.engine.rope import RopeTables
-from gemma_opt.engine.weights import FloatRows, Int8Rows, LayerWeights, PackedLinear, TextWeights
-from gemma_opt.errors import EngineError
+from gemma_opt.engine.weights import Int8Rows, LayerWeights, TextWeights
 
 
 class TritonDecode:
     """A `DecodeStep` over given weights and cache.
 
     rows: the most a call may have; by default what the cache's slots and slack allow. The logits returned lie in a buffer
-    that the next call overwrites. Raises EngineError for formats that have no kernel.
+    that the next call overwrites. Raises Unsupported for formats that have no kernel.
     """
 
     def __init__(
@@ -119,28 +117,3 @@ class _Buffers:
         width = matrix.out_features // 2 if gated else matrix.out_features
         flat = self._gated if gated else self._partial
         return flat[: splits * rows * width].view(splits, rows, width)
-
-
-def uses_of(weights: TextWeights) -> list[tuple[Matrix, bool]]:
-    """Every matrix a step multiplies with, and whether the product is gated. Raises EngineError if one has no kernel."""
-    uses: list[tuple[Matrix, bool]] = []
-    for layer in weights.layers:
-        uses += [(matrix_of(packed), False) for packed in (layer.qkv, layer.o, layer.down)]
-        uses.append((matrix_of(layer.gate_up), True))
-    return [*uses, (matrix_of(weights.head), False)]
-
-
-@singledispatch
-def matrix_of(packed: PackedLinear) -> Matrix:
-    """The kernels' view of a packed linear: the same tensors. Raises EngineError."""
-    raise EngineError(f"no GPU kernel for {type(packed).__name__}")
-
-
-@matrix_of.register
-def _(packed: FloatRows) -> Matrix:
-    return Matrix(packed.weight)
-
-
-@matrix_of.register
-def _(packed: Int8Rows) -> Matrix:
-    return Matrix(packed.weight, packed.scale)

@@ -157,6 +157,19 @@ def _linear_kernel(x, weight, scale, zero, out, rows, out_features: tl.constexpr
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=(r[None, :] < rows) & (o[:, None] < out_features))
 
 
+@triton.jit
+def _dequantize_kernel(weight, scale, zero, out, out_features: tl.constexpr, in_features: tl.constexpr,
+                       group: tl.constexpr, has_zero: tl.constexpr, operand: tl.constexpr, block_out: tl.constexpr,
+                       block_in: tl.constexpr):  # fmt: skip
+    o = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    first = tl.program_id(1) * block_in
+    k = first + tl.arange(0, block_in)
+    w = _int4_tile(weight, scale, zero, o, first, out_features, in_features, in_features % block_in == 0, operand, group,
+                   has_zero, block_out, block_in)  # fmt: skip
+    mask = (o[:, None] < out_features) & (k[None, :] < in_features)
+    tl.store(out + o[:, None].to(tl.int64) * in_features + k[None, :], w.to(out.dtype.element_ty), mask=mask)
+
+
 def multiply(matrix: Matrix, x: Tensor, out: Tensor, blocks: Blocks, *, gated: bool = False) -> None:
     """Fill out with x · Wᵀ.
 
@@ -177,6 +190,18 @@ def multiply(matrix: Matrix, x: Tensor, out: Tensor, blocks: Blocks, *, gated: b
         block_rows=block_rows, block_out=blocks.outputs, block_in=block_in,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
+
+
+def dequantize_int4(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] of an int4 matrix in `dtype`, without a copy in between."""
+    out = torch.empty(matrix.out_features, matrix.in_features, dtype=dtype, device=matrix.weight.device)
+    block_in = max(128, matrix.group)
+    _dequantize_kernel[(triton.cdiv(matrix.out_features, 32), triton.cdiv(matrix.in_features, block_in))](
+        matrix.weight, matrix.scale, _given(matrix.zero, out), out, out_features=matrix.out_features,
+        in_features=matrix.in_features, group=matrix.group, has_zero=matrix.zero is not None, operand=operand_of(dtype),
+        block_out=32, block_in=block_in, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def operand_of(dtype: torch.dtype) -> tl.dtype:

@@ -39,6 +39,11 @@ class Tuning:
         self._dtype = dtype
         self._chosen = dict(chosen or {})
 
+    @property
+    def measured(self) -> bool:
+        """Whether any blocks were measured."""
+        return bool(self._chosen)
+
     def blocks(self, matrix: Matrix, *, gated: bool = False) -> Blocks:
         """The measured blocks, or those of the rule."""
         return self._chosen.get(self._key(matrix, gated)) or default_blocks(matrix, gated=gated)

@@ -1,7 +1,8 @@
-"""Compile the Triton kernels for GPUs that are not here: `python tests/gpu_compile.py` prints what each needs, as JSON.
+"""Compile the Triton kernels for GPUs that are not here: `python tests/gpu_compile.py FOLDER CAPABILITY…` prints JSON.
 
-Triton's package brings the whole compiler, ptxas included, so code generation is checked where nothing can run. A process
-of its own, because kernels imported under the interpreter cannot be compiled.
+What each kernel needs, and whether one that was carried into an empty cache is found there. Triton's package brings the
+whole compiler, ptxas included, so code generation is checked where nothing can run. A process of its own, because kernels
+imported under the interpreter cannot be compiled.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gemma_opt.engine.kernels import triton_attention, triton_layer, triton_linear
+from gemma_opt.engine.kernels.triton_compiled import install_compiled, keep_compiled
 from gemma_opt.engine.kernels.triton_linear import Blocks
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -106,6 +109,33 @@ KERNELS: dict[str, Compile] = {
     ),
 }  # fmt: skip
 
+
+def carried(folder: Path, name: str, target: int) -> list[bool]:
+    """Compile, collect, empty the cache, install, compile again: whether Triton found the kernel in its cache each time."""
+    hits: list[bool] = []
+
+    def compile_in(cache: Path) -> None:
+        knobs.cache.dir = str(cache)
+        before = knobs.compilation.listener
+
+        def note(**event: object) -> None:
+            hits.append(bool(event["cache_hit"]))
+            if before:
+                before(**event)
+
+        knobs.compilation.listener = note
+        KERNELS[name](target)
+        knobs.compilation.listener = before
+
+    with keep_compiled(folder / "shipped"):
+        compile_in(folder / "first")
+    knobs.cache.dir = str(folder / "second")
+    install_compiled(folder / "shipped")
+    compile_in(folder / "second")
+    return hits
+
+
 if __name__ == "__main__":
-    targets = [int(argument) for argument in sys.argv[1:]]
-    json.dump({f"{name} sm_{target}": build(target) for target in targets for name, build in KERNELS.items()}, sys.stdout)
+    targets = [int(argument) for argument in sys.argv[2:]]
+    needs = {f"{name} sm_{target}": build(target) for target in targets for name, build in KERNELS.items()}
+    json.dump({"needs": needs, "cache_hits": carried(Path(sys.argv[1]), "join", targets[0])}, sys.stdout)

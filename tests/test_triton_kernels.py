@@ -278,10 +278,14 @@ def test_kernels_compile_for_an_l40s_and_an_h100_and_stay_in_registers(tmp_path:
     """The story: fp8 weights turned into bfloat16 directly compiled for Hopper and for nothing before it."""
     script = Path(__file__).with_name("gpu_compile.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[1])}
-    run = subprocess.run([sys.executable, script, "89", "90"], env=environment, capture_output=True, text=True, check=False)
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(script.parents[1])}
+    run = subprocess.run(
+        [sys.executable, script, tmp_path, "89", "90"], env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    needs = json.loads(run.stdout)
+    found = json.loads(run.stdout)
+    needs = found["needs"]
     assert len(needs) == 22
     assert not {name: need for name, need in needs.items() if need["stack"] > 0}
     assert max(need["shared"] for need in needs.values()) <= 99 * 1024  # what a program may have on an L40S
+    assert found["cache_hits"] == [False, True], "a compiled kernel that came with a checkpoint was not found"

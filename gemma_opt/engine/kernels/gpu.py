@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +29,8 @@ def find_gpu_kernels(
 ) -> tuple[TritonDecode, TritonLinear] | None:
     """The decode step and prefill's products; None, with a line in the log, where torch operations must do.
 
-    compile_cache: holds the blocks that `tune` measured for this device; without them a rule decides.
+    compile_cache: holds the blocks that `tune` measured for this device, and the kernels compiled for it; without them a
+    rule decides about blocks, and the first steps compile.
     """
     if importlib.util.find_spec("triton") is None:
         log.warning("decoding with torch operations, slowly: Triton is not installed")
@@ -35,10 +38,13 @@ def find_gpu_kernels(
     if torch.cuda.get_device_capability(weights.device) < OLDEST:
         log.warning("decoding with torch operations, slowly: the kernels need a GPU of compute capability 8.0")
         return None
+    from gemma_opt.engine.kernels.triton_compiled import install_compiled
     from gemma_opt.engine.kernels.triton_decode import TritonDecode
     from gemma_opt.engine.kernels.triton_matrices import TritonLinear, Unsupported
     from gemma_opt.engine.kernels.triton_tuning import Tuning
 
+    if compile_cache:
+        log.info("kernels that came with the checkpoint: %d", install_compiled(compile_cache))
     tuning = Tuning.load(compile_cache, weights.dtype)
     log.info("kernel blocks: %s", "measured for this GPU" if tuning.measured else "by the rule, not measured for this GPU")
     try:
@@ -46,6 +52,18 @@ def find_gpu_kernels(
     except Unsupported as reason:
         log.warning("decoding with torch operations, slowly: no GPU kernel for %s", reason)
         return None
+
+
+@contextmanager
+def keeping_compiled(compile_cache: Path) -> Generator[None]:
+    """Collect the kernels used meanwhile in `compile_cache`. Does nothing without a GPU or Triton."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from gemma_opt.engine.kernels.triton_compiled import keep_compiled
+
+    with keep_compiled(compile_cache):
+        yield
 
 
 def tune(weights: TextWeights, compile_cache: Path) -> None:

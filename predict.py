@@ -7,14 +7,14 @@ private addresses included (README, "Limits").
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import cog
 from cog import BasePredictor, ConcatenateIterator, Input
 
 from gemma_opt.cancellation import Cancellation, watch_this_prediction
 from gemma_opt.loading import source_from_environment
-from gemma_opt.service import Request, Service
+from gemma_opt.service import Metric, Request, Service
 
 
 class Inputs:
@@ -85,15 +85,15 @@ class Predictor(BasePredictor):
             prompt, image, images, system_prompt, max_new_tokens, min_new_tokens, temperature, top_p, top_k, min_p,
             repetition_penalty, stop_sequences, seed, messages, pan_and_scan,
         )  # fmt: skip
-        yield from self.answer(request, Cancellation())  # pyright: ignore[reportReturnType]
+        yield from self.answer(request, Cancellation(), self.scope.record_metric)  # pyright: ignore[reportReturnType]
 
-    def answer(self, request: Request, cancellation: Cancellation) -> Iterator[str]:
+    def answer(self, request: Request, cancellation: Cancellation, record: Callable[[str, Metric], None]) -> Iterator[str]:
         """The answer in pieces; its metrics are recorded after the last one."""
         reply = self.service.stream(request)
         cancellation.then(reply.cancel)
         yield from reply
         for name, value in reply.metrics.items():
-            self.record_metric(name, value)
+            record(name, value)
 
 
 class ConcurrentPredictor(Predictor):
@@ -121,9 +121,9 @@ class ConcurrentPredictor(Predictor):
         messages: list[dict] | None = Inputs.messages,
         pan_and_scan: bool = Inputs.pan_and_scan,
     ) -> ConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm] (Cog reads this name)
-        """Return the answer's stream at once; Cog reads it on this prediction's own thread."""
+        """Return the stream at once; Cog reads it on a thread where the current scope may be another prediction's."""
         request = Request(
             prompt, image, images, system_prompt, max_new_tokens, min_new_tokens, temperature, top_p, top_k, min_p,
             repetition_penalty, stop_sequences, seed, messages, pan_and_scan,
         )  # fmt: skip
-        return self.answer(request, watch_this_prediction())  # pyright: ignore[reportReturnType]
+        return self.answer(request, watch_this_prediction(), self.scope.record_metric)  # pyright: ignore[reportReturnType]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,22 +106,27 @@ class Reply:
             self.generation.cancel()
 
     def _deltas(self) -> Iterator[str]:
-        pending, sent_at = "", -math.inf
+        """Text as it comes. Between two chunks this thread rests: with many streams, waking for each token costs most."""
         for token_id in self.generation:
-            self._tokens += 1
-            pending += self.text.push(token_id)
+            delta = "".join(map(self._read, (token_id, *self.generation.poll())))
+            if delta:
+                yield delta
             if self.text.stopped:
                 break
-            if pending and time.monotonic() - sent_at >= MIN_CHUNK_INTERVAL_S:
-                yield pending
-                pending, sent_at = "", time.monotonic()
+            if delta:
+                self.generation.rest(MIN_CHUNK_INTERVAL_S)
         if self.text.stopped:
             self.generation.cancel()
             for _ in self.generation:  # at most the tokens of one more step; afterwards the summary is there
                 pass
-        pending += self.text.finish()
-        if pending:
-            yield pending
+        if rest := self.text.finish():
+            yield rest
+
+    def _read(self, token_id: int) -> str:
+        if self.text.stopped:
+            return ""
+        self._tokens += 1
+        return self.text.push(token_id)
 
     def _measure(self, finished: Finished) -> dict[str, Metric]:
         metrics: dict[str, Metric] = {
@@ -172,7 +176,10 @@ class Service:
         if settings.kind == "reference":
             engine = ReferenceEngine(load_model, settings, recipe.compile, warm_up)
         else:
-            engine = FastEngine(load_model, settings, recipe.compile, warm_up, keep_layers=not only_serve)
+            compile_cache = source.folder / COMPILE_CACHE if source.folder else None
+            engine = FastEngine(
+                load_model, settings, recipe.compile, warm_up, keep_layers=not only_serve, compile_cache=compile_cache
+            )
         log.info("%s is ready; %s", recipe.name, engine.compile_report)
         return cls(engine, opened[0])
 

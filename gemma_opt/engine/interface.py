@@ -118,6 +118,10 @@ class Generation(Protocol):
         """The token ids that are ready now, without waiting. Later iteration goes on after them."""
         ...
 
+    def rest(self, seconds: float) -> None:
+        """Let tokens gather: return after that time, or as soon as no further one follows."""
+        ...
+
     def cancel(self) -> None:
         """Stop as soon as possible and free the slot. Harmless after the end."""
         ...

@@ -97,6 +97,10 @@ class QueuedGeneration:
             ready.append(token_id)
         return ready
 
+    def rest(self, seconds: float) -> None:
+        """Let tokens gather: return after that time, or as soon as no further one follows."""
+        self._ended.wait(seconds)
+
     def cancel(self) -> None:
         """Stop as soon as possible."""
         self.cancelled.set()

@@ -25,14 +25,16 @@ using simd::Bf16;
 using simd::Floats;
 using simd::kLanes;
 
-constexpr int64_t kMaxRows = 16;           // rows of one call
-constexpr int64_t kStrip = 8;              // output rows computed before the next rows of activations
-constexpr int64_t kPieceBytes = 32 << 10;  // weights a thread takes at a time: about a microsecond of memory bandwidth
+constexpr int64_t kMaxRows = 16;            // rows of one call
+constexpr int64_t kStrip = 8;               // output rows computed before the next rows of activations
+constexpr int64_t kPieceBytes = 256 << 10;  // most weights a thread takes at a time: some microseconds of memory bandwidth
+constexpr int64_t kPieces = 16;             // of a matrix for each thread, so that none waits long for the last
+constexpr int64_t kAheadBytes = 8 << 10;    // weights are fetched so far before they are used
 constexpr int64_t kPanelBytes = 128 << 10;  // weights that pass over many rows from the second cache
 constexpr int64_t kRowGroup = 64;           // rows of activations a thread takes at a time where there are many
-constexpr int64_t kPairBlock = 32;         // columns whose even and odd members are separated for int4
+constexpr int64_t kPairBlock = 32;          // columns whose even and odd members are separated for int4
 constexpr int64_t kNarrow = simd::kAccumulators < 16 ? 0 : 1024;  // columns of which 8 rows fit into the nearest cache
-constexpr int kSpins = 300;                // some microseconds; then the core is offered to whoever else wants it
+constexpr int kSpins = 300;  // some microseconds; then the core is offered to whoever else wants it
 
 // The C interface: gemma_opt/engine/kernels/cpu.py mirrors these structures field by field.
 
@@ -191,7 +193,7 @@ int64_t row_bytes(const Matrix& m) {
 // y[r][o] = weights[o] · x[r] for output rows [first, last). x: [rows, in], paired for int4; y: row stride `stride`.
 void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int64_t rows, float* y, int64_t stride) {
   const int64_t strip_bytes = kStrip * row_bytes(m);
-  const int64_t ahead = strip_bytes < (8 << 10) ? 2 * strip_bytes : strip_bytes;
+  const int64_t ahead = (kAheadBytes + strip_bytes - 1) / strip_bytes * strip_bytes;
   for (int64_t o = first; o < last; o += kStrip) {
     const int64_t end = std::min(o + kStrip, last);
     for (int64_t r = 0; r < rows;) {
@@ -213,7 +215,12 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int6
 }
 
 // Output rows of about that many bytes.
-int64_t grain_of(const Matrix& m, int64_t bytes) { return std::max(kStrip, bytes / row_bytes(m) / kStrip * kStrip); }
+int64_t rows_of(const Matrix& m, int64_t bytes) { return std::max(kStrip, bytes / row_bytes(m) / kStrip * kStrip); }
+
+// Output rows a thread takes at a time from `width` rows like those of `m`.
+int64_t grain_of(const Matrix& m, int64_t width, int64_t threads) {
+  return rows_of(m, std::min(width * row_bytes(m) / (threads * kPieces), kPieceBytes));
+}
 
 // Elementwise
 
@@ -469,7 +476,7 @@ class Worker {
       width += parts[i]->out;
       inputs[i] = arranged(*parts[i], x);
     }
-    share(width, grain_of(*parts[0], kPieceBytes), [&](int64_t begin, int64_t end) {
+    share(width, grain_of(*parts[0], width, team_.threads()), [&](int64_t begin, int64_t end) {
       int64_t before = 0;
       for (int i = 0; i < count; before += parts[i]->out, ++i) {
         const int64_t first = std::max(begin - before, int64_t{0}), last = std::min(end - before, parts[i]->out);
@@ -482,7 +489,7 @@ class Worker {
     const int64_t width = l.gate.out;
     const float* gate_input = arranged(l.gate, my_.normed.get());
     const float* up_input = arranged(l.up, my_.normed.get());
-    share(width, grain_of(l.gate, kPieceBytes / 2), [&](int64_t begin, int64_t end) {
+    share(width, grain_of(l.gate, width, team_.threads()), [&](int64_t begin, int64_t end) {
       multiply(l.gate, begin, end, gate_input, rows_.count, my_.gate.get(), width);
       multiply(l.up, begin, end, up_input, rows_.count, my_.up.get(), width);
       for (int64_t at = begin, r = 0; r < rows_.count; ++r, at += width)
@@ -592,7 +599,7 @@ int64_t gemma_max_rows() { return kMaxRows; }
 // One matrix alone: y [rows, out] = x [rows, in] · weightsᵀ, for any number of rows. x starts at a multiple of 64 bytes.
 void gemma_multiply(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
   // A panel of weights stays in the second cache while blocks of rows, which stay in the first, pass by.
-  const int64_t grain = grain_of(*m, rows > kMaxRows ? kPanelBytes : kPieceBytes);
+  const int64_t grain = rows > kMaxRows ? rows_of(*m, kPanelBytes) : grain_of(*m, m->out, threads);
   const int64_t block = m->in <= kNarrow ? 8 : 4;
   std::unique_ptr<Buffer> pairs;
   if (m->format == kInt4) pairs = std::make_unique<Buffer>(rows * m->in);

@@ -166,9 +166,9 @@ class CpuDecodeStep:
         """float32 logits [rows, vocabulary]. tokens, slots, positions: int64 [rows]. Raises IndexError."""
         rows = [values.contiguous() for values in (tokens, slots, positions)]
         for name, values, limit in zip(("token", "slot", "position"), rows, self._limits, strict=True):
-            low, high = values.aminmax()
-            if low < 0 or high >= limit:
-                raise IndexError(f"{name}s must be 0 to {limit - 1}, got {values.tolist()}")
+            numbers: list[int] = values.tolist()
+            if min(numbers) < 0 or max(numbers) >= limit:
+                raise IndexError(f"{name}s must be 0 to {limit - 1}, got {numbers}")
         logits = torch.empty(len(tokens), self._limits[0], dtype=torch.float32)
         for begin in range(0, len(tokens), self._max_rows):
             part = [values[begin : begin + self._max_rows] for values in rows]

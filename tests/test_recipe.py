@@ -161,7 +161,7 @@ def test_missing_files_are_not_found(tmp_path: Path) -> None:
 
 def test_the_digest_is_that_of_the_weights() -> None:
     base = Recipe.load(PRUNED)
-    same = Recipe.load(PRUNED, ("name=other", "engine.queue=3", "compile.targets=[mlp]", "description=x"))
+    same = Recipe.load(PRUNED, ("name=other", "engine.queue=3", "compile.targets=[vision]", "description=x"))
     assert same.digest() == base.digest()
     for override in ("sparsity.0.ratio=0.3", "quantization.default=bf16", "model.base=elsewhere"):
         assert Recipe.load(PRUNED, (override,)).digest() != base.digest()

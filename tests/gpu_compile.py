@@ -58,11 +58,13 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {"registers": int(registers), "stack": int(stack)}
 
 
-def linear(kind: str, blocks: Blocks, *, gated: bool = False, group: int = 0, has_zero: bool = False) -> Compile:
+def linear(
+    kind: str, blocks: Blocks, *, gated: bool = False, group: int = 0, has_zero: bool = False, rows: int = 16
+) -> Compile:
     """The product of a [10240, 2560] matrix."""
     constants = {
         "out_features": 10_240, "in_features": 2560, "gated": gated, "has_scale": kind != "bfloat16", "has_zero": has_zero,
-        "group": group, "operand": tl.bfloat16, "splits": blocks.splits, "block_rows": 16, "block_out": blocks.outputs,
+        "group": group, "operand": tl.bfloat16, "splits": blocks.splits, "block_rows": rows, "block_out": blocks.outputs,
         "block_in": blocks.inputs,
     }  # fmt: skip
     pointers = {
@@ -79,6 +81,12 @@ KERNELS: dict[str, Compile] = {
     "fp8": linear("fp8", Blocks(splits=2)),
     "int4 of 128": linear("int4", Blocks(splits=4), group=128),
     "int4 of 32, zero points, gated": linear("int4", Blocks(outputs=32), gated=True, group=32, has_zero=True),
+    "int8, 64 rows": linear("int8", Blocks(), rows=64),
+    "dequantize int4": compiled(
+        triton_linear._dequantize_kernel, {"weight": "u8", "scale": "bf16", "zero": "u8", "out": "bf16"}, {},
+        {"out_features": 10_240, "in_features": 2560, "group": 32, "has_zero": True, "operand": tl.bfloat16, "block_out": 32,
+         "block_in": 128}, warps=4,
+    ),
     "attention": compiled(
         triton_attention._attend_kernel,
         {"query": "bf16", "slots": "i64", "positions": "i64", "keys": "bf16", "values": "bf16", "most": "fp32", "total": "fp32",

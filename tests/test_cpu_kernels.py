@@ -83,8 +83,8 @@ def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
 def test_products_are_those_of_float64(library: ctypes.CDLL, kind: str) -> None:
     """Rows and outputs that fill no block, columns that fill no vector."""
     odd = ((5, 32), (37, 160)) if "int4" in kind else ((5, 7), (37, 150))
-    for out, columns in ((1, 64), *odd, (64, 2048)):
-        matrix = packed(kind, out, columns, seed=columns)
+    for out, columns, group in ((1, 64, 64), *((*shape, 32) for shape in odd), (9, 640, 32), (64, 2560, 128)):
+        matrix = packed(kind, out, columns, seed=columns, group=group)
         dense = linear(matrix, torch.eye(columns)) if kind != "bfloat16" else matrix.weight.T  # type: ignore[union-attr]
         for rows in ROWS:
             x = torch.randn(rows, columns, generator=draw(rows))

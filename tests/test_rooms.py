@@ -15,7 +15,7 @@ TIERS = {
     2: ("sparsity", "lowrank", "distill", "quantization", "inspection", "sizing"),
     3: ("pipeline", "checkpoint", "engine"),
     4: ("environment", "loading", "service", "cancellation", "request_inputs", "evaluation", "serving"),
-    5: ("build", "report"),
+    5: ("build", "report", "throughput"),
     6: ("cli", "__main__"),
 }
 TIER_OF = {room: tier for tier, rooms in TIERS.items() for room in rooms}

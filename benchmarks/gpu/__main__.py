@@ -39,7 +39,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="begin nothing after this")] = 7.0,
     out: Annotated[Path, typer.Option(help="folder of the result files")] = RESULTS,
     llama_bench: Annotated[Path | None, typer.Option(help="llama.cpp's llama-bench, built with CUDA")] = None,
-    gguf: Annotated[Path | None, typer.Option(help="a Gemma 3 4B file for it")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="a Q8_0 file for it; by default random weights")] = None,
 ) -> None:
     """Run one stage."""
     results = Results(stage.value, time.monotonic() + 60 * minutes, out)

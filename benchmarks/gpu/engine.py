@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import closing
 
 import torch
 
@@ -101,15 +102,14 @@ def many_slots(shape: str, stored: str) -> dict[str, object]:
     context = min(1024, config_of(shape).get_text_config().max_position_embeddings)
     engine, entry = start(shape, stored, max(TOGETHER), context)
     prompts = Prompts(shape)
-    try:
+    with closing(engine), keeping_compiled(COMPILE_CACHE) as compiled:
         entry["first_token_ms_text_64"] = first_token_ms(engine, [prompts.text(TEXT_TOKENS, 2) for _ in range(REPEATS)])
         pictures = [picture for _ in range(REPEATS) if (picture := prompts.picture(2))]
         if pictures:
             entry["first_token_ms_one_picture"] = first_token_ms(engine, pictures)
         for kind, sampling in (("greedy", None), ("sampled", "default")):
             entry[kind] = [together(engine, prompts, count, sampling) for count in TOGETHER]
-    finally:
-        engine.close()
+        entry["kernels_compiled_while_serving"] = len(compiled)
     return entry | {"peak_bytes": peak_bytes(), "counters": vars(engine.counters)}
 
 
@@ -138,10 +138,8 @@ def one_slot(shape: str, stored: str) -> dict[str, object]:
     reset_peak()
     engine, entry = start(shape, stored, 1, 1024)
     prompts = Prompts(shape)
-    try:
+    with closing(engine):
         if picture := prompts.picture(2):
             finish(engine, [picture])
         finished, _ = finish(engine, [prompts.text(MEMORY_TOKENS - REPLY_TOKENS, REPLY_TOKENS)])
-    finally:
-        engine.close()
     return entry | {"tokens_per_second": finished[0].tokens_per_second, "tokens": MEMORY_TOKENS, "peak_bytes": peak_bytes()}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import decode
+from benchmarks.environment import ROOT
+from benchmarks.gpu import decode, random_gguf
 from benchmarks.gpu.common import DEVICE, Results, copy_gb_s, peak_bytes, random_model, reset_peak, synchronize
 
 PROMPT_TOKENS, REPLY_TOKENS = 512, 64
@@ -25,8 +26,8 @@ def run(results: Results, shape: str, llama_bench: Path | None, gguf: Path | Non
         results.measure(f"ours {stored}", lambda s=stored: decode.measure(shape, s, ceiling))
     results.measure("transformers bf16, dynamic cache", lambda: transformers(shape, compiled=False))
     results.measure("transformers bf16, static cache, compiled", lambda: transformers(shape, compiled=True))
-    if llama_bench and gguf:
-        results.measure(f"llama.cpp {gguf.stem}", lambda: llama(llama_bench, gguf))
+    if llama_bench:
+        results.measure("llama.cpp Q8_0", lambda: llama(llama_bench, gguf or random_file(shape)))
 
 
 @torch.inference_mode()
@@ -58,6 +59,15 @@ def transformers(shape: str, *, compiled: bool) -> dict[str, object]:
         "compile_and_first_run_s": round(first_s, 1),
         "peak_bytes": peak_bytes(),
     }
+
+
+def random_file(shape: str) -> Path:
+    """Random weights in Q8_0, written once."""
+    path = ROOT / "build" / f"{shape}-random-q8_0.gguf"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        random_gguf.write(shape, path)
+    return path
 
 
 def llama(bench: Path, gguf: Path) -> dict[str, object]:

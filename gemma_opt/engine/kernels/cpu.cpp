@@ -129,13 +129,18 @@ inline void dots(const T* w, const float* x, int64_t n, int64_t ahead, float (&o
       for (int o = 0; o < O; ++o) out[r][o] += x[r * n + k] * simd::widen(w[o * n + k]);
 }
 
-// The same for 4-bit weights. x: its columns paired (see `paired`).
-template <bool Zeros, int R, int O>
+// How far rows of prepared activations lie apart (see `prepare`).
+inline int64_t input_stride(const Matrix& m) {
+  return m.format == kInt4 ? m.in + (m.in / m.group + kLanes - 1) / kLanes * kLanes : m.in;
+}
+
+// The same for 4-bit weights. x: prepared. Weights count from zero point 8; what other zero points change is one product
+// with the groups' sums: Σ (nibble − zero) · scale · x = Σ (nibble − 8) · scale · x + Σ_groups (8 − zero) · scale · Σ x.
+template <int R, int O>
 inline void dots(const Matrix& m, int64_t first, const float* x, int64_t ahead, float (&out)[R][O]) {
-  const int64_t groups = m.in / m.group, row_bytes = m.in / 2, group_bytes = m.group / 2;
+  const int64_t groups = m.in / m.group, row_bytes = m.in / 2, group_bytes = m.group / 2, stride = input_stride(m);
   const uint8_t* data = static_cast<const uint8_t*>(m.data) + first * row_bytes;
   const Bf16* scale = static_cast<const Bf16*>(m.scale) + first * groups;
-  const uint8_t* zero = Zeros ? m.zero + first * groups : nullptr;
   Floats sums[R][O];
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < O; ++o) sums[r][o] = simd::splat(0.0f);
@@ -146,17 +151,34 @@ inline void dots(const Matrix& m, int64_t first, const float* x, int64_t ahead, 
       for (int o = 0; o < O; ++o) fetch(data + o * row_bytes + byte + ahead);
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
-      const simd::Nibbles values(Zeros ? zero[o * groups + g] : 8.0f, scale[o * groups + g]);
+      const simd::Nibbles values(scale[o * groups + g]);
       Floats even, odd;
       values.expand(data + o * row_bytes + byte, even, odd);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        sums[r][o] = simd::fma(simd::load(inputs + r * m.in), even, sums[r][o]);
-        sums[r][o] = simd::fma(simd::load(inputs + r * m.in + kLanes), odd, sums[r][o]);
+        sums[r][o] = simd::fma(simd::load(inputs + r * stride), even, sums[r][o]);
+        sums[r][o] = simd::fma(simd::load(inputs + r * stride + kLanes), odd, sums[r][o]);
       }
     }
   }
+  // Sixteen groups at a time, the last sixteen overlapping the ones before, whose sums are zero there.
+  const uint8_t* zero = m.zero ? m.zero + first * groups : nullptr;
+  if (zero && groups >= kLanes)
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o)
+      for (int64_t at = 0; at < groups; at += kLanes) {
+        const int64_t g = o * groups + std::min(at, groups - kLanes);
+        const Floats weights = (simd::splat(8.0f) - simd::load(zero + g)) * simd::load(scale + g);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r][o] = simd::fma(weights, simd::load(x + r * stride + m.in + at), sums[r][o]);
+      }
   simd::sums<R * O>(&sums[0][0], &out[0][0]);
+  if (zero && groups < kLanes)
+    for (int o = 0; o < O; ++o)
+      for (int64_t g = 0; g < groups; ++g) {
+        const float weight = (8.0f - simd::widen(zero[o * groups + g])) * simd::widen(scale[o * groups + g]);
+        for (int r = 0; r < R; ++r) out[r][o] += weight * x[r * stride + m.in + g];
+      }
 }
 
 template <int R, int O>
@@ -166,7 +188,7 @@ inline void dots_of(const Matrix& m, int64_t first, const float* x, int64_t ahea
     case kFloat32: return dots<float, R, O>(static_cast<const float*>(m.data) + at, x, m.in, ahead, out);
     case kBfloat16: return dots<Bf16, R, O>(static_cast<const Bf16*>(m.data) + at, x, m.in, ahead, out);
     case kInt8: return dots<int8_t, R, O>(static_cast<const int8_t*>(m.data) + at, x, m.in, ahead, out);
-    default: return m.zero ? dots<true, R, O>(m, first, x, ahead, out) : dots<false, R, O>(m, first, x, ahead, out);
+    default: return dots<R, O>(m, first, x, ahead, out);
   }
 }
 
@@ -190,14 +212,14 @@ int64_t row_bytes(const Matrix& m) {
   return m.format == kFloat32 ? 4 * m.in : m.format == kBfloat16 ? 2 * m.in : m.format == kInt8 ? m.in : m.in / 2;
 }
 
-// y[r][o] = weights[o] · x[r] for output rows [first, last). x: [rows, in], paired for int4; y: row stride `stride`.
+// y[r][o] = weights[o] · x[r] for output rows [first, last). x: [rows, in], prepared for int4; y: row stride `stride`.
 void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int64_t rows, float* y, int64_t stride) {
   const int64_t strip_bytes = kStrip * row_bytes(m);
   const int64_t ahead = (kAheadBytes + strip_bytes - 1) / strip_bytes * strip_bytes;
   for (int64_t o = first; o < last; o += kStrip) {
     const int64_t end = std::min(o + kStrip, last);
     for (int64_t r = 0; r < rows;) {
-      const float* from = x + r * m.in;
+      const float* from = x + r * input_stride(m);
       float* to = y + r * stride;
       const int64_t fetched = r ? 0 : ahead;
       const int64_t left = rows - r;
@@ -264,13 +286,23 @@ void gated_gelu(const float* gate, const float* up, int64_t n, float* out) {
   }
 }
 
-// Columns in blocks of 32: first the even ones, then the odd ones, as a byte of two 4-bit weights holds them.
-void paired(const float* x, int64_t n, float* out) {
-  for (int64_t block = 0; block < n; block += kPairBlock)
+// One row of activations for int4: columns in blocks of 32, first the even ones, then the odd ones, as a byte of two weights
+// holds them; behind them the sum of every group of the matrix, the last sixteen ending with the last.
+void prepare(const Matrix& m, const float* x, float* out) {
+  for (int64_t block = 0; block < m.in; block += kPairBlock)
     for (int64_t i = 0; i < kLanes; ++i) {
       out[block + i] = x[block + 2 * i];
       out[block + kLanes + i] = x[block + 2 * i + 1];
     }
+  if (!m.zero) return;
+  const int64_t groups = m.in / m.group, overlap = groups < kLanes ? 0 : (kLanes - groups % kLanes) % kLanes;
+  float* sums = out + m.in;
+  for (int64_t g = 0; g < groups; ++g) {
+    Floats sum = simd::splat(0.0f);
+    for (int64_t k = g * m.group; k < (g + 1) * m.group; k += kLanes) sum = sum + simd::load(x + k);
+    sums[g < groups / kLanes * kLanes ? g : g + overlap] = simd::sum(sum);
+  }
+  if (overlap) std::fill_n(sums + groups / kLanes * kLanes, overlap, 0.0f);
 }
 
 // Attention
@@ -383,10 +415,10 @@ struct Shared {  // activations that threads hand to each other, [rows, width] e
 };
 
 struct Private {
-  Buffer residual, normed, paired, gate, up, scores;
+  Buffer residual, normed, prepared, gate, up, scores;
   explicit Private(const Model& m)
       : residual(kMaxRows * m.hidden), normed(kMaxRows * m.hidden),
-        paired(kMaxRows * std::max({m.hidden, m.intermediate, m.heads * m.head_dim})), gate(kMaxRows * m.intermediate),
+        prepared(2 * kMaxRows * std::max({m.hidden, m.intermediate, m.heads * m.head_dim})), gate(kMaxRows * m.intermediate),
         up(kMaxRows * m.intermediate), scores(m.heads / m.kv_heads * m.context) {}
 };
 
@@ -464,8 +496,8 @@ class Worker {
   // The input as a matrix's format wants it.
   const float* arranged(const Matrix& m, const float* x) {
     if (m.format != kInt4) return x;
-    for (int64_t r = 0; r < rows_.count; ++r) paired(x + r * m.in, m.in, &my_.paired[r * m.in]);
-    return my_.paired.get();
+    for (int64_t r = 0; r < rows_.count; ++r) prepare(m, x + r * m.in, &my_.prepared[r * input_stride(m)]);
+    return my_.prepared.get();
   }
 
   // y = x times some matrices, their outputs one after another. x: [rows, in]; y: [rows, all outs].
@@ -601,20 +633,21 @@ void gemma_multiply(const Matrix* m, const float* x, int64_t rows, float* y, int
   // A panel of weights stays in the second cache while blocks of rows, which stay in the first, pass by.
   const int64_t grain = rows > kMaxRows ? rows_of(*m, kPanelBytes) : grain_of(*m, m->out, threads);
   const int64_t block = m->in <= kNarrow ? 8 : 4;
-  std::unique_ptr<Buffer> pairs;
-  if (m->format == kInt4) pairs = std::make_unique<Buffer>(rows * m->in);
-  const float* inputs = pairs ? pairs->get() : x;
+  const int64_t stride = input_stride(*m);
+  std::unique_ptr<Buffer> prepared;
+  if (m->format == kInt4) prepared = std::make_unique<Buffer>(rows * stride);
+  const float* inputs = prepared ? prepared->get() : x;
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
-    if (pairs) {
+    if (prepared) {
 #pragma omp for
-      for (int64_t r = 0; r < rows; ++r) paired(x + r * m->in, m->in, &(*pairs)[r * m->in]);
+      for (int64_t r = 0; r < rows; ++r) prepare(*m, x + r * m->in, &(*prepared)[r * stride]);
     }
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t first = 0; first < m->out; first += grain)
       for (int64_t group = 0; group < rows; group += kRowGroup)
         for (int64_t r = group; r < std::min(group + kRowGroup, rows); r += block)
-          multiply(*m, first, std::min(first + grain, m->out), inputs + r * m->in, std::min(block, rows - r), y + r * m->out, m->out);
+          multiply(*m, first, std::min(first + grain, m->out), inputs + r * stride, std::min(block, rows - r), y + r * m->out, m->out);
   }
 }
 

@@ -48,22 +48,25 @@ def find_gpu_kernels(
     tuning = Tuning.load(compile_cache, weights.dtype)
     log.info("kernel blocks: %s", "measured for this GPU" if tuning.measured else "by the rule, not measured for this GPU")
     try:
-        return TritonDecode(weights, cache, rope, tuning), TritonLinear(tuning)
+        step = TritonDecode(weights, cache, rope, tuning)
     except Unsupported as reason:
         log.warning("decoding with torch operations, slowly: no GPU kernel for %s", reason)
         return None
+    linear = TritonLinear(tuning)
+    linear.warm_up(weights)
+    return step, linear
 
 
 @contextmanager
-def keeping_compiled(compile_cache: Path) -> Generator[None]:
-    """Collect the kernels used meanwhile in `compile_cache`. Does nothing without a GPU or Triton."""
+def keeping_compiled(compile_cache: Path) -> Generator[list[dict[str, str]]]:
+    """Collect the kernels used meanwhile in `compile_cache`; see `keep_compiled`. Nothing without a GPU or Triton."""
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
-        yield
+        yield []
         return
     from gemma_opt.engine.kernels.triton_compiled import keep_compiled
 
-    with keep_compiled(compile_cache):
-        yield
+    with keep_compiled(compile_cache) as kernels:
+        yield kernels
 
 
 def tune(weights: TextWeights, compile_cache: Path) -> None:

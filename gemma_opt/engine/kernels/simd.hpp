@@ -21,6 +21,7 @@ struct Bf16 {  // a float's upper half
 
 inline float widen(float value) { return value; }
 inline float widen(int8_t value) { return static_cast<float>(value); }
+inline float widen(uint8_t value) { return static_cast<float>(value); }
 inline float widen(Bf16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
   float wide;
@@ -51,6 +52,9 @@ inline Floats load(const Bf16* p) {
 inline Floats load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
+inline Floats load(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
 inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -73,13 +77,14 @@ inline void sums4(const Floats* a, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
 }
 
-// The sixteen values of a 4-bit weight with this zero point and scale.
+// The sixteen values of a 4-bit weight with zero point 8 and this scale.
 struct Nibbles {
   __m512 values;
-  static __m512 steps(float zero) {
-    return _mm512_sub_ps(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_ps(zero));
+  explicit Nibbles(Bf16 scale) {
+    const __m512i wide = _mm512_slli_epi32(_mm512_set1_epi16(static_cast<short>(scale.bits)), 16);
+    const __m512 steps = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    values = _mm512_mul_ps(steps, _mm512_castsi512_ps(wide));
   }
-  Nibbles(float zero, Bf16 scale) : values(_mm512_mul_ps(steps(zero), _mm512_set1_ps(widen(scale)))) {}
   // 16 bytes → the low nibbles' values and the high nibbles'. The permutation reads the lowest four bits of each index.
   void expand(const uint8_t* p, Floats& low, Floats& high) const {
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -105,6 +110,10 @@ inline Floats load(const Bf16* p) { return {widen8(p), widen8(p + 8)}; }
 inline Floats load(const int8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+inline Floats load(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
 }
 inline void store(float* p, Floats x) {
   _mm256_storeu_ps(p, x.a);
@@ -140,10 +149,9 @@ inline void sums4(const Floats* x, float* out) {
 
 struct Nibbles {
   __m256 scale;
-  __m128i zero;
-  Nibbles(float zero_, Bf16 scale_) : scale(_mm256_set1_ps(widen(scale_))), zero(_mm_set1_epi8(static_cast<char>(zero_))) {}
+  explicit Nibbles(Bf16 scale_) : scale(_mm256_set1_ps(widen(scale_))) {}
   Floats widened(__m128i nibbles) const {
-    const __m128i steps = _mm_sub_epi8(nibbles, zero);
+    const __m128i steps = _mm_sub_epi8(nibbles, _mm_set1_epi8(8));
     return {_mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(steps)), scale),
             _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(steps, 8))), scale)};
   }
@@ -209,11 +217,11 @@ inline void sums4(const Floats* a, float* out) {
 }
 
 struct Nibbles {
-  float zero, scale;
-  Nibbles(float zero_, Bf16 scale_) : zero(zero_), scale(widen(scale_)) {}
+  float scale;
+  explicit Nibbles(Bf16 scale_) : scale(widen(scale_)) {}
   void expand(const uint8_t* p, Floats& low, Floats& high) const {
-    low = each([&](int i) { return (static_cast<float>(p[i] & 15) - zero) * scale; });
-    high = each([&](int i) { return (static_cast<float>(p[i] >> 4) - zero) * scale; });
+    low = each([&](int i) { return static_cast<float>((p[i] & 15) - 8) * scale; });
+    high = each([&](int i) { return static_cast<float>((p[i] >> 4) - 8) * scale; });
   }
 };
 

@@ -18,8 +18,11 @@ CODE = (".cubin", ".json")  # of an entry's files the one that runs and the one 
 
 
 @contextmanager
-def keep_compiled(compile_cache: Path) -> Generator[None]:
-    """Write every kernel that this process compiles or loads meanwhile into `compile_cache`."""
+def keep_compiled(compile_cache: Path) -> Generator[list[dict[str, str]]]:
+    """Write every kernel that this process compiles or loads meanwhile into `compile_cache`.
+
+    Gives the list that grows with each: the files of one kernel by name.
+    """
     groups: list[dict[str, str]] = []
 
     def note(*, metadata_group: dict[str, str], **_: object) -> None:
@@ -28,7 +31,7 @@ def keep_compiled(compile_cache: Path) -> Generator[None]:
     before = knobs.compilation.listener
     knobs.compilation.listener = note
     try:
-        yield
+        yield groups
     finally:
         knobs.compilation.listener = before
     for group in groups:

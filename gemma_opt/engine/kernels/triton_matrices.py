@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gemma_opt.engine.kernels.triton_linear import MOST_ROWS, Matrix, dequantize_int4, multiply
+from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, MOST_ROWS, Matrix, dequantize_int4, multiply
 from gemma_opt.engine.kernels.triton_tuning import Tuning
 from gemma_opt.engine.linear import linear
 from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights
@@ -67,6 +67,15 @@ class TritonLinear:
         if isinstance(packed, Int4Rows):
             return functional.linear(x, dequantize_int4(matrix_of(packed), x.dtype))
         return linear(packed, x)
+
+    def warm_up(self, weights: TextWeights) -> None:
+        """Compile what a prompt of any length may need, so that no request waits for it: one product of every kind."""
+        kinds = {(matrix.key, matrix.scale is None): matrix for matrix, _ in uses_of(weights)}
+        for matrix in kinds.values():
+            for rows in (1, FEW_ROWS + 1, MOST_ROWS):
+                self._few(matrix, torch.zeros(rows, matrix.in_features, dtype=weights.dtype, device=weights.device))
+            if matrix.group:
+                dequantize_int4(matrix, weights.dtype)
 
     def _few(self, matrix: Matrix, x: Tensor) -> Tensor:
         blocks = self._tuning.blocks(matrix)

@@ -39,7 +39,8 @@ def main(
     results = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     results[name or source.recipe.name] = {
         "what": "greedy requests submitted together at the engine; medians over rounds",
-        "recipe": source.recipe.model_dump(mode="json", include={"name", "model", "quantization", "engine"}),
+        "recipe": source.recipe.model_dump(mode="json", include={"name", "quantization", "engine"}),
+        "dtype": source.recipe.model.dtype,
         "slots": max(counts),
         "threads": torch.get_num_threads(),
         "rounds": rounds,

@@ -177,7 +177,7 @@ def size_up(
         slots=slots,
         position=min(position, context),
         weights=weights_by_role(planned, dtype),
-        kv=kv_cache(config, dtype),
+        kv=kv_cache(config, dtype, settings.lookup),
         workspace_bytes=_workspace_bytes(config, dtype, context, slots),
     )
 
@@ -217,12 +217,12 @@ def _read_bytes(row: PlanRow, table: PlanRow, dtype: torch.dtype) -> int:
     return resident_bytes(table if isinstance(row.format, Tied) else row, dtype)
 
 
-def kv_cache(config: gemma.GemmaConfig, dtype: torch.dtype) -> KvCache:
-    """The KV cache of a config, keys and values kept in `dtype`."""
+def kv_cache(config: gemma.GemmaConfig, dtype: torch.dtype, guesses: int = 0) -> KvCache:
+    """The KV cache of a config, keys and values kept in `dtype`. guesses: tokens of a guess that may be taken back."""
     text = config.get_text_config()
     layer = 2 * text.num_key_value_heads * text.head_dim * dtype.itemsize
     full = sum(kind == "full_attention" for kind in text.layer_types)
-    return KvCache(text.sliding_window, layer * len(text.layer_types), layer * full)
+    return KvCache(text.sliding_window + guesses, layer * len(text.layer_types), layer * full)
 
 
 def _workspace_bytes(config: gemma.GemmaConfig, dtype: torch.dtype, context: int, slots: int) -> int:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import shared_model
+from models import fresh_model
 from torch import Tensor
 from torch.nn import functional
 
+from gemma_opt import pipeline
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import TextModel, rms_norm
 from gemma_opt.engine.kernels import triton_attention, triton_layer
@@ -28,7 +29,8 @@ from gemma_opt.engine.kernels.triton_matrices import TritonLinear
 from gemma_opt.engine.kernels.triton_tuning import Tuning, default_blocks, file_name
 from gemma_opt.engine.linear import linear
 from gemma_opt.engine.rope import RopeTables, rope_table, rotate
-from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked, take_weights
+from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights, take_weights
+from gemma_opt.recipe import Recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCKS = Blocks(outputs=32, inputs=64)
@@ -250,10 +252,24 @@ def test_tuning_choices_are_kept_for_this_torch_triton_and_device(tmp_path: Path
     assert Tuning.load(None, torch.bfloat16).blocks(stored) == default_blocks(stored, gated=False)
 
 
+def packed_model(stored: str) -> TextWeights:
+    """The bundled model's last two layers, one of each kind, float32 activations; int4 has the int8 table at both ends."""
+    model = fresh_model()
+    if stored == "int4":
+        roles = {"vision": "fp32", "projector": "fp32", "embedding": "int8", "head": "tied"}
+        base = {"base": "small-gemma3", "dtype": "float32"}
+        tree = {"name": "test", "model": base, "quantization": {"default": {"format": "int4", "group": 32}, "roles": roles}}
+        pipeline.compress(model, Recipe.from_tree(tree, "test"))
+    weights = take_weights(model.to(DEVICE), release=True)
+    return replace(weights, layers=weights.layers[-2:])
+
+
+@pytest.mark.parametrize("stored", ["fp32", "int4"])
 @torch.no_grad()
-def test_whole_decode_of_the_small_model() -> None:
+def test_whole_decode_step(stored: str) -> None:
     """Slots at unlike positions, one past the window: logits and cache as with torch operations, alone and together."""
-    weights = take_weights(shared_model().to(DEVICE), release=False)
+    weights = packed_model(stored)
+    assert [layer.sliding for layer in weights.layers] == [True, False]
     expected, mine = (TextModel(weights, KvCache(weights, slots=2, context=200), use_kernels=False) for _ in range(2))
     decode = TritonDecode(weights, mine.cache, RopeTables.of(weights, 200), Tuning(weights.dtype))
     draw = seeded(3)
@@ -271,6 +287,23 @@ def test_whole_decode_of_the_small_model() -> None:
     assert torch.equal(decode(tokens[:1], slots[:1], positions[:1])[0], together[0])
     with pytest.raises(ValueError, match="3 rows"):
         decode(*(torch.zeros(3, dtype=torch.int64, device=DEVICE) for _ in range(3)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter has no bfloat16 arithmetic")
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "float8_e4m3fn", "int4-32z", "int4-128"])
+def test_bfloat16_products_on_a_gpu(kind: str) -> None:
+    """A row's bits are the same for 1 to 16 rows; errors are those of bfloat16 operands."""
+    stored, meant = matrix(kind, 2560, 2048)
+    blocks = default_blocks(stored, gated=False)
+    x = torch.randn(16, 2048, generator=seeded()).to(torch.bfloat16).to(DEVICE)
+    whole = poison(blocks.splits, 16, 2560)
+    multiply(stored, x, whole, blocks)
+    assert error(whole.sum(0), x.cpu().double() @ meant.T) < 1e-2
+    for rows in (1, 2, 5, 8):
+        part = poison(blocks.splits, rows, 2560)
+        multiply(stored, x[:rows], part, blocks)
+        assert torch.equal(part, whole[:, :rows])
 
 
 @pytest.mark.slow

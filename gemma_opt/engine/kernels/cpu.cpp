@@ -4,7 +4,7 @@
 // their own rounding. A decode step is bound by memory bandwidth, and the arithmetic here keeps ahead of it.
 //
 // Each output number is summed by one thread in one order, whatever the number of rows and threads: a row's result never
-// depends on its neighbours. Threads share a phase in small pieces, first come first served, and meet at a spinning barrier.
+// depends on its neighbours. Threads share a phase in small pieces, help each other, and meet at a spinning barrier.
 // Every thread keeps its own copy of the residual stream: norms are cheaper computed twice than waited for.
 //
 // Threads come from the OpenMP runtime the process already has (torch's), so that no second pool competes for the cores.
@@ -68,7 +68,7 @@ struct Model {
 
 class Team {
  public:
-  Team(int threads, int64_t phases) : threads_(threads), counters_(phases) {}
+  Team(int threads, int64_t phases) : threads_(threads), counters_(phases * threads) {}
 
   void meet() {
     const int generation = generation_.load(std::memory_order_acquire);
@@ -85,8 +85,10 @@ class Team {
     }
   }
 
-  // The next piece [begin, begin + grain) of a phase.
-  int64_t take(int64_t phase, int64_t grain) { return counters_[phase].next.fetch_add(grain, std::memory_order_relaxed); }
+  // How many pieces of one thread's share of a phase are already taken; one more is now.
+  int64_t take(int64_t phase, int share) {
+    return counters_[phase * threads_ + share].next.fetch_add(1, std::memory_order_relaxed);
+  }
 
   int threads() const { return threads_; }
 
@@ -424,8 +426,8 @@ struct Private {
 
 class Worker {
  public:
-  Worker(const Model& m, const Rows& rows, Shared& shared, Private& mine, Team& team, float* logits)
-      : m_(m), rows_(rows), shared_(shared), my_(mine), team_(team), logits_(logits) {}
+  Worker(const Model& m, const Rows& rows, Shared& shared, Private& mine, Team& team, int id, float* logits)
+      : m_(m), rows_(rows), shared_(shared), my_(mine), team_(team), id_(id), logits_(logits) {}
 
   void run() {
     for (int64_t r = 0; r < rows_.count; ++r) embed(rows_.tokens[r], &my_.residual[r * m_.hidden]);
@@ -460,11 +462,16 @@ class Worker {
     add(shared_.down.get(), l.post_mlp_norm);
   }
 
-  // A phase: items [0, total) in pieces of `grain`, each for one thread; all threads leave it together.
+  // A phase: items [0, total) in pieces of `grain`. Every thread has a share of neighbouring pieces, so that it reads memory
+  // in one stream; one that is through helps the next. All leave the phase together.
   template <class F>
   void share(int64_t total, int64_t grain, F work) {
-    const int64_t phase = phase_++;
-    for (int64_t begin; (begin = team_.take(phase, grain)) < total;) work(begin, std::min(begin + grain, total));
+    const int64_t phase = phase_++, pieces = (total + grain - 1) / grain, threads = team_.threads();
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t whose = (id_ + i) % threads, first = pieces * whose / threads, last = pieces * (whose + 1) / threads;
+      for (int64_t piece; (piece = first + team_.take(phase, static_cast<int>(whose))) < last;)
+        work(piece * grain, std::min((piece + 1) * grain, total));
+    }
     team_.meet();
   }
 
@@ -604,6 +611,7 @@ class Worker {
   Shared& shared_;
   Private& my_;
   Team& team_;
+  const int id_;
   float* logits_;
   int64_t phase_ = 0;
 };
@@ -666,7 +674,8 @@ void gemma_step_run(void* step_, const int64_t* tokens, const int64_t* slots, co
   {
 #pragma omp single
     team = std::make_unique<Team>(omp_get_num_threads(), kPhasesPerLayer * step.model.layer_count + 1);
-    Worker(step.model, these, step.shared, *step.privates[omp_get_thread_num()], *team, logits).run();
+    const int id = omp_get_thread_num();
+    Worker(step.model, these, step.shared, *step.privates[id], *team, id, logits).run();
   }
 }
 

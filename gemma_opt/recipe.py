@@ -544,12 +544,19 @@ class Compile(_Section):
 
 
 class EngineSection(_Section):
-    """How requests are served: at once, waiting, tokens a slot can hold, wall-clock limit of one reply."""
+    """How requests are served: at once, waiting, tokens a slot can hold, wall-clock limit of one reply.
 
+    kind: `reference` is transformers' own decoding, one request at a time. prefill_chunk: tokens of a prompt read between
+    two decode steps. lookup: longest guess of speculative decoding by prompt lookup, 0 for none; it never changes a reply.
+    """
+
+    kind: Literal["fast", "reference"] = "fast"
     slots: int = Field(default=1, ge=1, le=64)
     queue: int = Field(default=16, ge=0, le=1024)
     context: int = Field(default=8192, ge=16, le=131_072)
     timeout_s: float = Field(default=300.0, gt=0, le=86_400)
+    prefill_chunk: int = Field(default=512, ge=16, le=8192)
+    lookup: int = Field(default=0, ge=0, le=15)
 
 
 class Recipe(_Section):
@@ -586,6 +593,12 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _targets_fit_the_engine(self) -> Recipe:
+        if self.engine.kind == "fast" and "mlp" in self.compile.targets:
+            raise ValueError("compile: the fast engine runs no MLP modules that 'mlp' could compile; name decode or vision")
+        return self
+
+    @model_validator(mode="after")
     def _pairs_make_sense(self) -> Recipe:
         for stage in self.sparsity:
             packed = {str(self.quantization.of_role(role)) for role in stage.roles if self._is_int4(role)}
@@ -615,6 +628,11 @@ class Recipe(_Section):
             return self
         if self.distill.precision == "float32" and self.model.dtype != "float32":
             raise ValueError("distill: precision float32 needs model.dtype float32")
+        formats = self.quantization.formats().values()
+        if self.distill.quantized and (measured := sorted({str(stored) for stored in formats if stored.needs_data})):
+            raise ValueError(f"distill: quantized rounds by the weights alone, and {', '.join(measured)} measure data")
+        if self.distill.quantized and all(isinstance(stored, (*FLOATS, Tied)) for stored in formats):
+            raise ValueError("distill: quantized, and the quantization section has float formats only")
         if self.distill.steps < self.recovery_phases:
             raise ValueError(f"distill: {self.distill.steps} steps for {self.recovery_phases} phases of gradual pruning")
         return self

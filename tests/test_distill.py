@@ -297,9 +297,10 @@ def broken_model() -> Gemma3ForCausalLM:
 INT4 = {"format": "int4", "group": 32}
 
 
-def int4_rules(**section: object) -> Recipe:
+def int4_rules(*, quantized: bool, **section: object) -> Recipe:
     tree = rules(MAGNITUDE | {"ratio": 0.3, "roles": ["up"]}, **section).model_dump(mode="json", exclude_none=True)
     tree["quantization"] = {"default": "fp32", "roles": dict.fromkeys(["query", "gate", "up"], INT4) | {"embedding": "fp32"}}
+    tree["distill"]["quantized"] = quantized
     return Recipe.from_tree(tree, "test")
 
 
@@ -436,6 +437,8 @@ def test_steps_and_precision_must_fit_the_rest_of_the_recipe() -> None:
         rules(GRADUAL, steps=2)
     with pytest.raises(RecipeError, match=r"needs model\.dtype float32"):
         rules(dtype="bfloat16")
+    with pytest.raises(RecipeError, match="float formats only"):
+        rules(quantized=True)
 
 
 def test_what_is_learned_is_part_of_the_digest_and_unread_calibration_is_not() -> None:

@@ -76,7 +76,9 @@ class RunningTeacher:
     @torch.no_grad()
     def top_k(self, batch: Batch, k: int, vocabulary: int) -> list[TopK]:
         """The likeliest tokens at the counted positions of every window of a batch, of the first `vocabulary` ones."""
-        states = decoder(self.model)(**batch.inputs, use_cache=False).last_hidden_state[batch.counted].to(self._table.dtype)
+        with torch.autocast(batch.counted.device.type, torch.bfloat16, enabled=self._section.precision == "bfloat16"):
+            states = decoder(self.model)(**batch.inputs, use_cache=False).last_hidden_state[batch.counted]
+        states = states.to(self._table.dtype)
         parts = [
             top_k(nn.functional.linear(piece, self._table[:vocabulary]), k, self._section.temperature)
             for piece in states.split(POSITIONS)

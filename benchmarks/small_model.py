@@ -27,6 +27,13 @@ VARIANTS = {
     "small-bf16": (),
     "small-int8": (),
     "small-int8-pruned": (),
+    **dict.fromkeys(("small-int8-dynamic", "small-int8-static", "small-fp8", "small-fp8-static"), ()),
+    **dict.fromkeys(("small-int4", "small-int4-gptq", "small-mobile"), ()),
+    # What the vision tower's format costs alone.
+    **{
+        f"small-vision-{stored}": (f"quantization={{default: bf16, roles: {{vision: {stored}}}}}",)
+        for stored in ("int8", "fp8_dynamic")
+    },
     **{
         f"small-int8-{method}-{ratio * 100:.0f}": (f"sparsity=[{{method: {method}, ratio: {ratio}}}]",)
         for method, ratio in [("magnitude", 0.3), ("magnitude", 0.5), ("layer_norm", 0.3), ("layer_norm", 0.5), ("rows", 0.1)]

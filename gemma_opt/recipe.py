@@ -465,6 +465,7 @@ def _long_form(value: object) -> object:
 
 _TAG = Field(discriminator="format")
 FLOATS = (Fp32, Bf16, Fp16)
+FP8_FORMATS = (Fp8, Fp8Dynamic, Fp8Static)
 FloatFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16, _TAG], BeforeValidator(_long_form)]
 TableFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16 | Int8, _TAG], BeforeValidator(_long_form)]
 _Linear = Fp32 | Bf16 | Fp16 | Int8 | Int8Dynamic | Int8Static | Int4 | Int8DynamicInt4 | Fp8 | Fp8Dynamic | Fp8Static

@@ -260,6 +260,13 @@ def test_scales_need_data_and_say_so() -> None:
         quantize_(model, plan(model, STATIC))
 
 
+def test_fp8_on_the_cpu_says_that_it_is_emulated(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "gemma_opt"):
+        ready = loading.open_model(loading.Source(Recipe.load("small-fp8")), "cpu")
+    assert "fp8_dynamic on the CPU is emulated" in caplog.text
+    assert "emulated" in repr(ready.model.get_decoder().layers[0].mlp.up_proj)
+
+
 FORMATS = ("int8-dynamic", "fp8", "fp8-static", "int4-gptq", "mobile")
 
 

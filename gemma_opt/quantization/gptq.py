@@ -18,7 +18,7 @@ from gemma_opt.quantization.grid import LEVELS, Grid, stored_scale
 BLOCK = 128  # columns between two updates of all the rest
 DAMPING = 0.01  # share of the Hessian's mean diagonal added to it
 ROUNDS = 2  # nibbles, then scales, then nibbles on those scales
-_ROWS = 64  # rows whose scales are solved for at once
+_SOLVED = 2**26  # numbers, a quarter of a GB, that solving for the scales of some rows at once may take
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def _nibbles(weight: Tensor, inputs: Curvature, grid: Grid) -> Tensor:
 def _refitted(weight: Tensor, hessian: Tensor, grid: Grid, nibbles: Tensor) -> Grid:
     """The scales of least error for these nibbles: one small linear system for each row, over its groups."""
     steps = nibbles - grid.zero[..., None]
-    fitted = [_row_scales(rows, some, hessian) for rows, some in zip(weight.split(_ROWS), steps.split(_ROWS), strict=True)]
+    rows = max(1, _SOLVED // (weight.shape[1] * grid.scale.shape[1]))
+    fitted = [_row_scales(*some, hessian) for some in zip(weight.split(rows), steps.split(rows), strict=True)]
     scale = torch.cat(fitted)
     good = scale.isfinite() & (scale > 0.5 * grid.scale) & (scale < 2 * grid.scale)
     return Grid(torch.where(good, stored_scale(scale), grid.scale), grid.zero)

@@ -21,7 +21,8 @@ class Layer:
     """One row of the plan with what was measured.
 
     sparsity: share of exact zeros in the main weight. scale_min, scale_max and scales: the extremes and number of its scales
-    (one a row, or one a group of neighbours in a row); None and 0 without scales.
+    (one a row, or one a group of neighbours in a row); None and 0 without scales. input_scale: the calibrated one of a static
+    format, None for others.
     """
 
     row: PlanRow
@@ -29,6 +30,7 @@ class Layer:
     scale_min: float | None = None
     scale_max: float | None = None
     scales: int = 0
+    input_scale: float | None = None
 
     def to_json(self) -> dict[str, object]:
         """The measured part as a plain dictionary."""
@@ -44,8 +46,9 @@ def measure(model: GemmaModel, plan: Plan) -> list[Layer]:
 
 def _measure_layer(row: PlanRow, module: nn.Module) -> Layer:
     if isinstance(module, QuantizedLinear | Int8Embedding):
-        scale = module.weight_scale
-        return Layer(row, module.zeros() / math.prod(row.shape), float(scale.min()), float(scale.max()), scale.numel())
+        scale, given = module.weight_scale, getattr(module, "input_scale", None)
+        zeros = module.zeros() / math.prod(row.shape)
+        return Layer(row, zeros, float(scale.min()), float(scale.max()), scale.numel(), None if given is None else float(given))
     if isinstance(module, Int8Head):
         return _measure_layer(row, module.table)
     weight = main_parameter(module)
@@ -87,14 +90,24 @@ def layer_table(title: str, layers: list[Layer]) -> Table:
     table.add_column("asked", justify="right")
     table.add_column("zeros", footer=f"{linear_sparsity(layers):.2%} (text)", justify="right")
     table.add_column("scales", justify="right")
+    table.add_column("inputs", justify="right")
     table.add_column("bytes", footer=f"{_total(layers, 'bytes'):,}", justify="right")
     for layer in layers:
         row = layer.row
         asked = "" if row.ratio is None else f"{row.ratio:.2%}"
-        scales = "" if layer.scale_min is None else f"{layer.scales:,}: {layer.scale_min:.2e} … {layer.scale_max:.2e}"
+        scales = "" if layer.scale_min is None else f"{layer.scales:,}: {layer.scale_min:.1e}…{layer.scale_max:.1e}"
         shape = " × ".join(map(str, row.shape))
-        table.add_row(row.name, row.role, shape, str(row.format), asked, f"{layer.sparsity:.2%}", scales, f"{row.bytes:,}")
+        table.add_row(
+            row.name, row.role, shape, str(row.format), asked, f"{layer.sparsity:.2%}", scales, _inputs(layer), f"{row.bytes:,}"
+        )
     return table
+
+
+def _inputs(layer: Layer) -> str:
+    """What happens to a layer's input before the product."""
+    if layer.input_scale is not None:
+        return f"{layer.input_scale:.2e}"
+    return "a token" if layer.row.format.activation.endswith("dynamic") else ""
 
 
 def _total(layers: list[Layer], column: Literal["parameters", "bytes"]) -> int:

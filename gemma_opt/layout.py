@@ -13,7 +13,20 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from gemma_opt.recipe import Bf16, Fp16, Fp32, Int4, Int8, Tied
+from gemma_opt.recipe import (
+    Bf16,
+    Fp8,
+    Fp8Dynamic,
+    Fp8Static,
+    Fp16,
+    Fp32,
+    Int4,
+    Int8,
+    Int8Dynamic,
+    Int8DynamicInt4,
+    Int8Static,
+    Tied,
+)
 
 SCALE = torch.float32
 _FLOATS = {Fp32: torch.float32, Bf16: torch.bfloat16, Fp16: torch.float16}
@@ -56,13 +69,23 @@ def _(stored: Tied, shape: tuple[int, ...]) -> Layout:
     return {}
 
 
-@tensors.register
-def _(stored: Int8, shape: tuple[int, ...]) -> Layout:
-    return {"weight": TensorSpec(shape, torch.int8), "weight_scale": TensorSpec(shape[:1], SCALE)}
+@tensors.register(Int8 | Int8Dynamic | Int8Static)
+def _(stored: Int8 | Int8Dynamic | Int8Static, shape: tuple[int, ...]) -> Layout:
+    return _rows(torch.int8, shape, static=isinstance(stored, Int8Static))
 
 
-@tensors.register
-def _(stored: Int4, shape: tuple[int, ...]) -> Layout:
+@tensors.register(Fp8 | Fp8Dynamic | Fp8Static)
+def _(stored: Fp8 | Fp8Dynamic | Fp8Static, shape: tuple[int, ...]) -> Layout:
+    return _rows(torch.float8_e4m3fn, shape, static=isinstance(stored, Fp8Static))
+
+
+def _rows(dtype: torch.dtype, shape: tuple[int, ...], *, static: bool) -> Layout:
+    layout = {"weight": TensorSpec(shape, dtype), "weight_scale": TensorSpec(shape[:1], SCALE)}
+    return layout | {"input_scale": TensorSpec((), SCALE)} if static else layout
+
+
+@tensors.register(Int4 | Int8DynamicInt4)
+def _(stored: Int4 | Int8DynamicInt4, shape: tuple[int, ...]) -> Layout:
     rows, groups = shape[0], shape[1] // stored.group
     layout = {
         "weight_packed": TensorSpec((rows, shape[1] // 2), torch.uint8),
@@ -82,8 +105,8 @@ def misfit(stored: object, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-@misfit.register
-def _(stored: Int4, shape: tuple[int, ...]) -> str | None:
+@misfit.register(Int4 | Int8DynamicInt4)
+def _(stored: Int4 | Int8DynamicInt4, shape: tuple[int, ...]) -> str | None:
     return f"rows of {shape[1]} do not divide into groups of {stored.group}" if shape[1] % stored.group else None
 
 

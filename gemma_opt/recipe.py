@@ -308,11 +308,25 @@ class Distill(_Section):
 # Quantization: the stored format of every weight
 
 
+Activation = Literal["none", "int8_dynamic", "int8_static", "fp8_dynamic", "fp8_static"]
+Observer = Annotated[
+    Literal["absmax", "percentile", "mse"],
+    Field(description="the largest input a scale reaches: all of them, 99.99 %, or what gives the least squared error"),
+]
+Smooth = Annotated[
+    float,
+    Field(gt=0, lt=1, description="share of the input channels' unevenness that moves into the weights (SmoothQuant's alpha)"),
+]
+
+
 class _Format(_Section):
     """One stored format. In YAML its name alone (`int8`), or with options: `{format: int4, group: 32}`.
 
-    needs_data: the recipe must have a calibration section. str(): what tables show.
+    needs_data: the recipe must have a calibration section. activation: what happens to the input before the product.
+    str(): what tables show.
     """
+
+    activation: ClassVar[Activation] = "none"
 
     @property
     def needs_data(self) -> bool:
@@ -351,20 +365,92 @@ class Int8(_Format):
     format: Literal["int8"] = "int8"
 
 
-class Int4(_Format):
-    """Weight-only: unsigned 4-bit numbers, two in a byte, one bfloat16 scale for every `group` neighbours of a row.
+class Int8Dynamic(_Format):
+    """int8 rows, and int8 inputs with one scale a token, found when it comes. smooth: needs data; None leaves it out."""
 
-    symmetric: zero is always stored as 8; else every group has a zero point of its own, from 0 to 15. method: how scales and
-    zero points are chosen; rtn rounds every weight to the nearest step.
+    activation: ClassVar[Activation] = "int8_dynamic"
+
+    format: Literal["int8_dynamic"] = "int8_dynamic"
+    smooth: Smooth | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        return self.smooth is not None
+
+
+class Int8Static(_Format):
+    """int8 rows, and int8 inputs with one scale for all tokens, calibrated once and stored."""
+
+    activation: ClassVar[Activation] = "int8_static"
+
+    format: Literal["int8_static"] = "int8_static"
+    observer: Observer = "mse"
+    smooth: Smooth | None = 0.5
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+
+class _Int4Weights(_Format):
+    """4-bit numbers from 0 to 15, two in a byte, one bfloat16 scale for every `group` neighbours of a row.
+
+    symmetric: zero is always stored as 8; else every group has a zero point of its own, from 0 to 15. method: how they are
+    chosen: rtn takes the nearest step of the finest grid that reaches all weights; hqq fits the grid to the weights; gptq
+    does too, and lets later columns make up for the rounding of earlier ones, as calibration data weighs it.
     """
 
-    format: Literal["int4"] = "int4"
     group: Literal[32, 64, 128] = 32
     symmetric: bool = False
-    method: Literal["rtn"] = "rtn"
+    method: Literal["rtn", "hqq", "gptq"] = "hqq"
+
+    @property
+    def needs_data(self) -> bool:
+        return self.method == "gptq"
 
     def __str__(self) -> str:
-        return f"int4 g{self.group}{' sym' if self.symmetric else ''}"
+        return f"{super().__str__()} g{self.group}{' sym' if self.symmetric else ''}"
+
+
+class Int4(_Int4Weights):
+    """Weight-only int4."""
+
+    format: Literal["int4"] = "int4"
+
+
+class Int8DynamicInt4(_Int4Weights):
+    """int4 weights, and int8 inputs with one scale a token: what phones compute with."""
+
+    activation: ClassVar[Activation] = "int8_dynamic"
+
+    format: Literal["int8_dynamic_int4"] = "int8_dynamic_int4"
+
+
+class Fp8(_Format):
+    """Weight-only float8 e4m3, one float32 scale an output row. Without an fp8 kernel all fp8 formats run emulated."""
+
+    format: Literal["fp8"] = "fp8"
+
+
+class Fp8Dynamic(_Format):
+    """e4m3 rows, and e4m3 inputs with one scale a token, found when it comes."""
+
+    activation: ClassVar[Activation] = "fp8_dynamic"
+
+    format: Literal["fp8_dynamic"] = "fp8_dynamic"
+
+
+class Fp8Static(_Format):
+    """e4m3 rows, and e4m3 inputs with one scale for all tokens, calibrated once and stored."""
+
+    activation: ClassVar[Activation] = "fp8_static"
+
+    format: Literal["fp8_static"] = "fp8_static"
+    observer: Observer = "absmax"
+
+    @property
+    def needs_data(self) -> bool:
+        return True
 
 
 class Tied(_Format):
@@ -381,9 +467,19 @@ _TAG = Field(discriminator="format")
 FLOATS = (Fp32, Bf16, Fp16)
 FloatFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16, _TAG], BeforeValidator(_long_form)]
 TableFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16 | Int8, _TAG], BeforeValidator(_long_form)]
-LinearFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16 | Int8 | Int4, _TAG], BeforeValidator(_long_form)]
+_Linear = Fp32 | Bf16 | Fp16 | Int8 | Int8Dynamic | Int8Static | Int4 | Int8DynamicInt4 | Fp8 | Fp8Dynamic | Fp8Static
+LinearFormat = Annotated[Annotated[_Linear, _TAG], BeforeValidator(_long_form)]
 HeadFormat = Annotated[Tied, BeforeValidator(_long_form)]
-StoredFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16 | Int8 | Int4 | Tied, _TAG], BeforeValidator(_long_form)]
+StoredFormat = Annotated[Annotated[_Linear | Tied, _TAG], BeforeValidator(_long_form)]
+
+
+def _without_data(chosen: LinearFormat) -> LinearFormat:
+    if chosen.needs_data:
+        raise ValueError(f"{chosen} measures its inputs, which calibration does in the text layers only")
+    return chosen
+
+
+VisionFormat = Annotated[LinearFormat, AfterValidator(_without_data)]
 
 
 class RoleFormats(_Section):
@@ -400,7 +496,7 @@ class RoleFormats(_Section):
     gate: LinearFormat | None = None
     up: LinearFormat | None = None
     down: LinearFormat | None = None
-    vision: LinearFormat = Bf16()
+    vision: VisionFormat = Bf16()
     projector: FloatFormat = Bf16()
     embedding: TableFormat = Bf16()
     head: HeadFormat = Tied()
@@ -487,6 +583,20 @@ class Recipe(_Section):
         if "compact" in methods[1:] and set(methods[: len(methods) - methods[::-1].index("compact")]) != {"compact"}:
             raise ValueError("sparsity: compact refits whole columns and would revive earlier zeros: put it first")
         return self
+
+    @model_validator(mode="after")
+    def _pairs_make_sense(self) -> Recipe:
+        for stage in self.sparsity:
+            packed = {str(self.quantization.of_role(role)) for role in stage.roles if self._is_int4(role)}
+            if packed and parse_n_m(getattr(stage, "pattern", "")):
+                raise ValueError(
+                    f"sparsity: {stage.method} keeps N:M for sparse tensor cores, and none multiply {' or '.join(packed)}: the "
+                    "zeros would cost quality and save nothing. Take int8 or bf16 with the pattern, or int4 without it"
+                )
+        return self
+
+    def _is_int4(self, role: str) -> bool:
+        return isinstance(self.quantization.of_role(role), _Int4Weights)
 
     @model_validator(mode="after")
     def _low_rank_keeps_what_is_there(self) -> Recipe:

@@ -120,6 +120,15 @@ def test_compact_comes_first() -> None:
         Recipe.load("small-bf16", (stages, "calibration={source: [charts]}"))
 
 
+@pytest.mark.parametrize("stage", ["magnitude", "sparsegpt"])
+def test_n_m_sparsity_with_int4_is_refused_with_the_reason(stage: str) -> None:
+    overrides = (f"sparsity=[{{method: {stage}, ratio: 0.5, pattern: '2:4'}}]", "calibration={source: [charts]}")
+    with pytest.raises(RecipeError, match="none multiply int4 g32: the zeros would cost quality and save nothing"):
+        Recipe.load("small-int4", overrides)
+    Recipe.load("small-int8", overrides)
+    Recipe.load("small-int4", (overrides[0].replace("'2:4'", "per_row"), overrides[1]))
+
+
 def test_recipes_say_whether_they_need_data() -> None:
     assert Recipe.load("gemma-3-4b-int8-compact25").needs_data
     assert not Recipe.load(PRUNED).needs_data

@@ -10,6 +10,7 @@ changed. Recipes this version does not know are reported and left out. `--entrie
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import sys
@@ -17,15 +18,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 import yaml
 
 from benchmarks.environment import RESULTS, describe
 from benchmarks.quality import corpus
-from gemma_opt.build import build
+from gemma_opt import gemma, pipeline
+from gemma_opt.calibration import CalibrationData, Store, draw_samples
 from gemma_opt.errors import RecipeError
 from gemma_opt.evaluation.perplexity import text_perplexity
-from gemma_opt.loading import Ready, Source, open_model
-from gemma_opt.recipe import Recipe
+from gemma_opt.loading import Ready
+from gemma_opt.recipe import BaseModelSection, Recipe
 
 ENTRIES = Path(__file__).with_name("sweep.yaml")
 RESULT = RESULTS / "quality_270m.json"
@@ -66,6 +69,7 @@ def sweep(
     """Measure every entry that `out` does not hold yet, writing `out` after each. memorised: texts that enter no mean."""
     found: dict[str, Entry] = json.loads(out.read_text("utf-8"))["recipes"] if out.exists() else {}
     out.parent.mkdir(parents=True, exist_ok=True)
+    dense = gemma.load_base(gemma.locate(BaseModelSection(base=base)), torch.float32, torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="gemma-opt-sweep-") as scratch:
         for entry in entries:
             name, key = str(entry["name"]), _key(entry, texts, windows)
@@ -79,7 +83,7 @@ def sweep(
             found[name] = {
                 "key": key,
                 "windows": windows,
-                **measure(recipe, texts, windows, Path(scratch)),
+                **measure(recipe, dense, texts, windows),
                 "where": describe(),
             }
             result = {"texts": _hashes(texts), "memorised": memorised, "recipes": found}
@@ -94,14 +98,18 @@ def recipe_of(entry: Entry, base: str, scratch: Path) -> Recipe:
     tree["quantization"] = {"default": "fp32", "roles": {"embedding": "fp32"}} | dict(entry.get("quantization", {}))  # type: ignore[call-overload]
     if entry.get("calibrated"):
         sources = [str(path) for path in corpus.write_calibration(scratch / "calibration")]
-        tree["calibration"] = CALIBRATION | {"source": sources}
+        tree["calibration"] = CALIBRATION | {"source": sources} | dict(entry.get("calibration", {}))  # type: ignore[call-overload]
     return Recipe.from_tree(tree, str(entry["name"]))
 
 
-def measure(recipe: Recipe, texts: dict[str, str], windows: int, scratch: Path) -> Entry:
+def measure(recipe: Recipe, dense: gemma.Base, texts: dict[str, str], windows: int) -> Entry:
     """Perplexity on every text, bytes of the weights, and the seconds of both steps."""
     started = time.monotonic()
-    ready = _open(recipe, scratch)
+    model = copy.deepcopy(dense.model)
+    data = None
+    if recipe.needs_data and recipe.calibration:
+        data = CalibrationData(draw_samples(recipe.calibration, dense.processing), Store())
+    ready = Ready(recipe, model, dense.processing, pipeline.compress(model, recipe, data=data))
     compressed = time.monotonic()
     perplexity = {name: text_perplexity(ready, text, limit=windows) for name, text in texts.items()}
     return {
@@ -110,15 +118,6 @@ def measure(recipe: Recipe, texts: dict[str, str], windows: int, scratch: Path) 
         "compress_s": round(compressed - started, 1),
         "evaluate_s": round(time.monotonic() - compressed, 1),
     }
-
-
-def _open(recipe: Recipe, scratch: Path) -> Ready:
-    """The compressed model: in memory, or through a build where calibration data is read."""
-    if not recipe.model_dump().get("calibration"):
-        return open_model(Source(recipe), "cpu")
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        build(recipe, Path(folder) / recipe.name, device="cpu", questions=0)
-        return open_model(Source(recipe, Path(folder) / recipe.name), "cpu")
 
 
 def _key(entry: Entry, texts: dict[str, str], windows: int) -> str:

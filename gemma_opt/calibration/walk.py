@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gemma_opt.calibration.samples import Sample
 from gemma_opt.gemma import GemmaModel, weights_device
-from gemma_opt.onednn import product, with_onednn
+from gemma_opt.onednn import OneDnnLinears, product, with_onednn
 from gemma_opt.policy import Role, role_of
 
 # Linears that read the same tensor, in the order in which they run.
@@ -95,6 +95,18 @@ class Block:
         path = leader.removeprefix(f"{self.name}.").removesuffix(".right")  # low rank: what left makes of it is normalised
         output = self.layer.get_submodule(path)(x).float()
         return 1 / output.square().mean(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
+
+    @torch.no_grad()
+    def inputs(self, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
+        """What these linears receive as the layer now is, a sample at a time: [tokens, in], and how much each token counts.
+
+        One linear of each input they share is enough. The second is [tokens, 1] or None, as in the moments.
+        """
+        for state, arguments in zip(self._states, self._arguments, strict=True):
+            with OneDnnLinears():
+                seen = _inputs(self, state, arguments, list(names))
+                found = {name: (x, self._token_weight(name, x)) for name, x in seen.items()}
+            yield found
 
     @torch.no_grad()
     @with_onednn

@@ -13,6 +13,7 @@ from torch import Tensor
 
 LEVELS = 16
 SYMMETRIC_ZERO = 8
+_ROUNDING = 1.02 * 2**-7  # relative: of a weight to bfloat16 (half of it) and of its scale (the other half)
 _FLOOR = 1e-8  # scale of a group of zeros; any positive number that bfloat16 holds would do
 
 
@@ -49,6 +50,52 @@ def range_grid(weight: Tensor, *, symmetric: bool) -> Grid:
     low, high = weight.amin(dim=-1).clamp(max=0), weight.amax(dim=-1).clamp(min=0)
     scale = stored_scale((high - low) / (LEVELS - 1))
     return Grid(scale, (-low / scale).round_().clamp_(0, LEVELS - 1))
+
+
+def exact_grid(weight: Tensor) -> tuple[Grid, Tensor]:
+    """The symmetric grid that weights already lie on, and where they do: bool [out, groups].
+
+    Quantization-aware checkpoints hold whole multiples of a scale, −8 to 7 or −7 to 8 of them, rounded to bfloat16. Tried are
+    the scales at which a group's extreme is 8, 7, …, 1 steps; the coarsest that gives every weight back within the rounding
+    of weight and scale counts. weight: [out, groups, group].
+    """
+    peak = weight.abs().amax(dim=-1)
+    scale, zero = torch.ones_like(peak), torch.full_like(peak, SYMMETRIC_ZERO)
+    fits = torch.zeros_like(peak, dtype=torch.bool)
+    for steps in range(SYMMETRIC_ZERO, 0, -1):
+        candidate = _least_squares_scale(weight, stored_scale(peak / steps))
+        multiples = (weight / candidate[..., None]).round_()
+        close = ((multiples * candidate[..., None] - weight).abs() <= weight.abs() * _ROUNDING).all(dim=-1)
+        one_sided = (multiples.amax(dim=-1) < SYMMETRIC_ZERO) | (multiples.amin(dim=-1) > -SYMMETRIC_ZERO)
+        found = close & one_sided & (multiples.abs().amax(dim=-1) <= SYMMETRIC_ZERO)
+        scale = torch.where(found, candidate, scale)
+        zero = torch.where(found, torch.where(multiples.amax(dim=-1) < SYMMETRIC_ZERO, 8.0, 7.0), zero)
+        fits |= found
+    return Grid(_to_the_bit(weight, scale), zero), fits
+
+
+def _to_the_bit(weight: Tensor, scale: Tensor) -> Tensor:
+    """Of a scale and its neighbours in bfloat16, the one that gives most weights of the group back exactly, in bfloat16."""
+    multiples, wanted = (weight / scale[..., None]).round_(), weight.bfloat16()
+    bits = scale.bfloat16().view(torch.int16)
+    candidates = [(bits + offset).view(torch.bfloat16).float() for offset in (0, -1, 1)]
+    right = torch.stack([((multiples * one[..., None]).bfloat16() == wanted).sum(dim=-1) for one in candidates])
+    return torch.stack(candidates).gather(0, right.argmax(dim=0, keepdim=True))[0]
+
+
+def prefer_exact(weight: Tensor, found: Grid, *, symmetric: bool) -> Grid:
+    """`found`, but the grid that weights lie on wherever they do and the format holds its zero point."""
+    exact, fits = exact_grid(weight)
+    if symmetric:
+        fits = fits & (exact.zero == SYMMETRIC_ZERO)
+    return Grid(torch.where(fits, exact.scale, found.scale), torch.where(fits, exact.zero, found.zero))
+
+
+def _least_squares_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    """The scale that fits a group best at the multiples which another one rounds it to."""
+    multiples = (weight / scale[..., None]).round_()
+    power = multiples.square().sum(dim=-1)
+    return torch.where(power > 0, stored_scale((multiples * weight).sum(dim=-1) / power.clamp(min=1)), scale)
 
 
 def stored_scale(scale: Tensor) -> Tensor:

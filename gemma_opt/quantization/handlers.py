@@ -10,25 +10,41 @@ from torch import Tensor, nn
 
 from gemma_opt import layout
 from gemma_opt.errors import PlanError
-from gemma_opt.quantization import grid
-from gemma_opt.quantization.linear import Int4Linear, Int8Linear, QuantizedLinear
-from gemma_opt.recipe import Int4, Int8, StoredFormat
+from gemma_opt.policy import PlanRow, planned_weights
+from gemma_opt.quantization import grid, hqq
+from gemma_opt.quantization.linear import Fp8Linear, Int4Linear, Int8Linear, QuantizedLinear
+from gemma_opt.quantization.rows import fp8_rows, int8_rows
+from gemma_opt.recipe import (
+    Fp8,
+    Fp8Dynamic,
+    Fp8Static,
+    Int4,
+    Int8,
+    Int8Dynamic,
+    Int8DynamicInt4,
+    Int8Static,
+    StoredFormat,
+)
 
 Tensors = Mapping[str, Tensor]
 
-MODULES: Mapping[type, type[QuantizedLinear]] = {Int8: Int8Linear, Int4: Int4Linear}
-_ROWS = 16_384  # rows that torchao quantizes at once: it needs several float copies
+MODULES: Mapping[type, type[QuantizedLinear]] = {
+    **dict.fromkeys((Int8, Int8Dynamic, Int8Static), Int8Linear),
+    **dict.fromkeys((Int4, Int8DynamicInt4), Int4Linear),
+    **dict.fromkeys((Fp8, Fp8Dynamic, Fp8Static), Fp8Linear),
+}
+_INT4_ROWS = 2048  # rows that get their grids at once: a dozen float copies
 
 
 @singledispatch
 def weigh(stored: object, weight: Tensor) -> Tensors:
-    """The tensors of `layout.tensors` for a float weight [out, in], by the weight alone."""
+    """The tensors of `layout.tensors` for a float weight [out, in], by the weight alone: all but what needs data."""
     raise NotImplementedError(f"quantization.handlers.weigh knows no {type(stored).__name__}")
 
 
 def linear_of(stored: StoredFormat, tensors: Tensors, bias: Tensor | None) -> QuantizedLinear:
     """The module of that format around its tensors."""
-    return MODULES[type(stored)](**tensors, bias=bias)  # type: ignore[arg-type]
+    return MODULES[type(stored)](**tensors, bias=bias, activation=stored.activation)  # type: ignore[arg-type]
 
 
 def empty_linear(stored: StoredFormat, linear: nn.Linear) -> QuantizedLinear:
@@ -38,51 +54,54 @@ def empty_linear(stored: StoredFormat, linear: nn.Linear) -> QuantizedLinear:
     return linear_of(stored, tensors, bias_of(linear))
 
 
+def linear_at(model: nn.Module, row: PlanRow) -> nn.Linear:
+    """The float linear of a row. Raises PlanError where something else stands there."""
+    module = model.get_submodule(row.name)
+    if not isinstance(module, nn.Linear):
+        raise PlanError(f"{row.name}: is planned as {row.format}, and is a {type(module).__name__}, not a linear")
+    return module
+
+
+def round_weight_(model: nn.Module, row: PlanRow) -> None:
+    """Round a float weight to its storage format; it stays in the dtype the model computes in."""
+    weight, dtype = planned_weights(model, [row])[row.name], layout.float_dtype(row.format)
+    if weight.dtype != dtype:
+        weight.copy_(weight.to(dtype))
+
+
 def bias_of(linear: nn.Linear) -> Tensor | None:
     """The bias as a plain tensor. (torch declares it as always there.)"""
     bias = dict(linear.named_parameters()).get("bias")
     return None if bias is None else bias.detach()
 
 
-def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """torchao's symmetric int8 rows of a weight [out, in]: int8 [out, in] and float32 scales [out], never zero.
-
-    Quantized from float32, or the scales of a bfloat16 weight would carry its rounding; a block of rows at a time, since
-    torchao needs several float copies.
-    """
-    # Imported here: it takes a second, and logs about extension libraries this package does not use.
-    from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
-    from torchao.quantization import quantize_ as torchao_quantize_
-
-    def block_rows(block: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.device("meta"):
-            scratch = nn.Linear(block.shape[1], block.shape[0], bias=False)
-        scratch.weight = nn.Parameter(block.float(), requires_grad=False)
-        # torchao would otherwise change inductor's settings for the whole process.
-        torchao_quantize_(scratch, Int8WeightOnlyConfig(set_inductor_config=False))
-        rows = scratch.weight
-        if not isinstance(rows, Int8Tensor):
-            raise PlanError(f"torchao left a weight of shape {list(weight.shape)} as it was")
-        return rows.qdata, rows.scale.reshape(-1).float()
-
-    blocks = [block_rows(block) for block in weight.split(_ROWS)]
-    return torch.cat([rows for rows, _ in blocks]), torch.cat([scale for _, scale in blocks])
-
-
-@weigh.register
-def _(stored: Int8, weight: Tensor) -> Tensors:
+@weigh.register(Int8 | Int8Dynamic | Int8Static)
+def _(stored: Int8 | Int8Dynamic | Int8Static, weight: Tensor) -> Tensors:
     rows, scale = int8_rows(weight)
     return {"weight": rows, "weight_scale": scale}
 
 
-@weigh.register
-def _(stored: Int4, weight: Tensor) -> Tensors:
+@weigh.register(Fp8 | Fp8Dynamic | Fp8Static)
+def _(stored: Fp8 | Fp8Dynamic | Fp8Static, weight: Tensor) -> Tensors:
+    rows, scale = fp8_rows(weight)
+    return {"weight": rows, "weight_scale": scale}
+
+
+@weigh.register(Int4 | Int8DynamicInt4)
+def _(stored: Int4 | Int8DynamicInt4, weight: Tensor) -> Tensors:
+    """By blocks of rows. Groups that lie on a grid already (quantization-aware checkpoints) keep it."""
+    blocks = [_int4_rows(stored, rows) for rows in weight.split(_INT4_ROWS)]
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _int4_rows(stored: Int4 | Int8DynamicInt4, weight: Tensor) -> Tensors:
     groups = grid.grouped(weight, stored.group)
-    found = grid.range_grid(groups, symmetric=stored.symmetric)
+    fit = grid.range_grid if stored.method == "rtn" else hqq.fitted_grid
+    found = grid.prefer_exact(groups, fit(groups, symmetric=stored.symmetric), symmetric=stored.symmetric)
     return int4_tensors(stored, found, found.nibbles(groups))
 
 
-def int4_tensors(stored: Int4, found: grid.Grid, nibbles: Tensor) -> Tensors:
+def int4_tensors(stored: Int4 | Int8DynamicInt4, found: grid.Grid, nibbles: Tensor) -> Tensors:
     """The stored tensors of nibbles [out, groups, group] on a grid."""
     tensors = {"weight_packed": grid.pack_nibbles(nibbles.flatten(1)), "weight_scale": found.scale.bfloat16()}
     return tensors if stored.symmetric else tensors | {"weight_zero": found.zero.byte()}

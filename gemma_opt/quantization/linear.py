@@ -7,30 +7,30 @@ the activations' dtype at every call, which compilation fuses away and the engin
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gemma_opt.quantization.activations import quantize_input
 from gemma_opt.quantization.grid import SYMMETRIC_ZERO, unpack_nibbles
-
-Activation = Literal["none"]
+from gemma_opt.recipe import Activation
 
 
 class QuantizedLinear(nn.Module):
     """What all of them share. Every tensor is a buffer: nothing here is trained.
 
-    activation: what happens to the input before the product; "none" leaves it. Move such a layer with `.to(device)` only:
-    `.to(dtype)` would round the scales.
+    bias: [out] or None. activation: what happens to the input before the product; "none" leaves it. input_scale: float32 [],
+    for static activations, else None. Move such a layer with `.to(device)` only: `.to(dtype)` would round the scales.
     """
 
     weight_scale: Tensor
     bias: Tensor | None
+    input_scale: Tensor | None
 
-    def __init__(self, bias: Tensor | None, activation: Activation) -> None:
+    def __init__(self, bias: Tensor | None, activation: Activation, input_scale: Tensor | None = None) -> None:
         super().__init__()
         self.activation: Activation = activation
         self.register_buffer("bias", bias)
+        self.register_buffer("input_scale", input_scale)
 
     @property
     def in_features(self) -> int:
@@ -50,26 +50,39 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in], any float dtype. Returns [..., out] in x's dtype."""
-        y = functional.linear(x, self.dequantize().to(x.dtype))
+        steps, scale = quantize_input(x, self.activation, self.input_scale)
+        y = self.product(steps)
+        if scale is not None:
+            y = y * scale
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
+    def product(self, x: Tensor) -> Tensor:
+        """x · dequantized weightᵀ. x: [..., in], in its dtype or float32."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
-        """The figures nn.Linear prints."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        """The figures nn.Linear prints, and the activation."""
+        figures = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return figures if self.activation == "none" else f"{figures}, activation={self.activation}"
 
 
-class Int8Linear(QuantizedLinear):
-    """y = (x · weightᵀ) · weight_scale + bias, with symmetric int8 weights and one scale per output row.
+class RowsLinear(QuantizedLinear):
+    """y = (x · weightᵀ) · weight_scale + bias: one scale per output row.
 
-    weight: int8 [out, in]; weight_scale: float32 [out]; bias: [out] or None.
+    weight: [out, in], its values exact in bfloat16; weight_scale: float32 [out].
     """
 
     weight: Tensor
 
     def __init__(
-        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, activation: Activation = "none"
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        activation: Activation = "none",
+        input_scale: Tensor | None = None,
     ) -> None:
-        super().__init__(bias, activation)
+        super().__init__(bias, activation, input_scale)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
 
@@ -81,27 +94,40 @@ class Int8Linear(QuantizedLinear):
     def out_features(self) -> int:
         return self.weight.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As every QuantizedLinear. int8 values are exact in bfloat16, so only the product is rounded; scale and bias are
-        applied in float32.
-        """
-        y = functional.linear(x, self.weight.to(x.dtype)) * self.weight_scale
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+    def product(self, x: Tensor) -> Tensor:
+        """x · dequantized weightᵀ. Only the product is rounded to x's dtype; scales are applied in float32."""
+        return functional.linear(x, self.weight.to(x.dtype)) * self.weight_scale
 
     def dequantize(self) -> Tensor:
         """The weight as float32 [out, in]."""
-        return self.weight * self.weight_scale[:, None]
+        return self.weight.float() * self.weight_scale[:, None]
 
     def zeros(self) -> int:
         """How many weights are exactly zero."""
-        return int((self.weight == 0).sum())
+        return int((self.weight.float() == 0).sum())
+
+
+class Int8Linear(RowsLinear):
+    """Symmetric int8 weights, −128..127. activation: none, int8_dynamic or int8_static."""
+
+
+class Fp8Linear(RowsLinear):
+    """float8 e4m3 weights. activation: none, fp8_dynamic or fp8_static.
+
+    This forward emulates: every value is one that fp8 hardware would see, the products are made in the activations' dtype.
+    Right everywhere, fast nowhere.
+    """
+
+    def extra_repr(self) -> str:
+        """The figures nn.Linear prints, the activation, and that nothing here is fast."""
+        return f"{super().extra_repr()}, emulated"
 
 
 class Int4Linear(QuantizedLinear):
     """y = x · ((nibble − zero) · weight_scale)ᵀ + bias, with scale and zero point of every group of neighbours in a row.
 
     weight_packed: uint8 [out, in/2], the even column in the low nibble; weight_scale: bfloat16 [out, in/group]; weight_zero:
-    uint8 [out, in/group], 0..15, or None where every zero point is 8 (symmetric); bias: [out] or None.
+    uint8 [out, in/group], 0..15, or None where every zero point is 8 (symmetric). activation: none or int8_dynamic.
     """
 
     weight_packed: Tensor
@@ -137,6 +163,10 @@ class Int4Linear(QuantizedLinear):
         """nibble − zero as int8 [out, groups, group], −15..15: the weights in units of their scale."""
         zero = SYMMETRIC_ZERO if self.weight_zero is None else self.weight_zero.char()[..., None]
         return unpack_nibbles(self.weight_packed).char().unflatten(1, (-1, self.group)) - zero
+
+    def product(self, x: Tensor) -> Tensor:
+        """x · dequantized weightᵀ, the weight rounded to x's dtype."""
+        return functional.linear(x, self.dequantize().to(x.dtype))
 
     def dequantize(self) -> Tensor:
         """The weight as float32 [out, in]."""

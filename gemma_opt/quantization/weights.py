@@ -16,7 +16,8 @@ from gemma_opt import layout
 from gemma_opt.calibration import CalibrationData
 from gemma_opt.errors import PlanError, WeightsError
 from gemma_opt.policy import Plan, PlanRow, Progress, planned_weights, quiet
-from gemma_opt.quantization.handlers import bias_of, empty_linear, linear_of, weigh
+from gemma_opt.quantization.calibrated import in_decoder, quantize_layers_
+from gemma_opt.quantization.handlers import bias_of, empty_linear, linear_at, linear_of, round_weight_, weigh
 from gemma_opt.quantization.linear import QuantizedLinear
 from gemma_opt.quantization.table import Int8Embedding, Int8Head
 from gemma_opt.recipe import FLOATS, StoredFormat, Tied
@@ -48,17 +49,34 @@ def quantize_(model: nn.Module, plan: Plan, progress: Progress = quiet, data: Ca
     """
     sanitize_(model)
     _refuse_overflow(planned_weights(model, plan.rows), plan)
-    for done, row in enumerate(plan.rows, start=1):
+    later = _walked(model, plan, data)
+    now = [row for row in plan.rows if row.name not in later]
+    for done, row in enumerate(now, start=1):
         if isinstance(row.format, FLOATS):
-            _round_(model, row)
+            round_weight_(model, row)
         elif row.kind == "embedding":
             _replace_table_(model, row, **weigh(row.format, _table(model, row).weight.detach()))
         elif not isinstance(row.format, Tied):
-            linear = _linear(model, row)
+            linear = linear_at(model, row)
             tensors = weigh(row.format, linear.weight.detach())
             model.set_submodule(row.name, linear_of(row.format, tensors, bias_of(linear)))
         progress(done, len(plan.rows), row.name)
+    if data and later:
+        quantize_layers_(model, plan, data, lambda done, _, name: progress(len(now) + done, len(plan.rows), name))
     _reconcile(model, plan)
+
+
+def _walked(model: nn.Module, plan: Plan, data: CalibrationData | None) -> set[str]:
+    """Names of the linears that are quantized layer by layer: all of the decoder's, where any format needs data."""
+    needing = [row for row in plan.rows if row.format.needs_data]
+    if not needing:
+        return set()
+    if data is None:
+        raise PlanError(f"{needing[0].format} needs calibration data, and the pipeline was given none")
+    walked = {row.name for row in in_decoder(model, plan)}
+    if elsewhere := [row.name for row in needing if row.name not in walked]:
+        raise PlanError("formats that need data are measured in decoder layers only:\n  " + "\n  ".join(elsewhere))
+    return walked
 
 
 def roundings(plan: Plan) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -82,21 +100,8 @@ def empty_like_plan_(model: nn.Module, plan: Plan) -> None:
             specs = layout.tensors(row.format, row.shape)
             _replace_table_(model, row, **{name: spec.empty(device) for name, spec in specs.items()})
         else:
-            model.set_submodule(row.name, empty_linear(row.format, _linear(model, row)))
+            model.set_submodule(row.name, empty_linear(row.format, linear_at(model, row)))
     _reconcile(model, plan)
-
-
-def _round_(model: nn.Module, row: PlanRow) -> None:
-    weight, dtype = planned_weights(model, [row])[row.name], layout.float_dtype(row.format)
-    if weight.dtype != dtype:
-        weight.copy_(weight.to(dtype))
-
-
-def _linear(model: nn.Module, row: PlanRow) -> nn.Linear:
-    module = model.get_submodule(row.name)
-    if not isinstance(module, nn.Linear):
-        raise PlanError(f"{row.name}: is planned as {row.format}, and is a {type(module).__name__}, not a linear")
-    return module
 
 
 def _table(model: nn.Module, row: PlanRow) -> nn.Embedding:
@@ -137,5 +142,5 @@ def _is_finite(tensor: Tensor) -> bool:
     """By the extremes, which are NaN where any value is: no temporary of the tensor's size."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    low, high = tensor.detach().aminmax()
+    low, high = (tensor.detach().float() if tensor.itemsize == 1 else tensor.detach()).aminmax()  # float8 has no extremes
     return bool(low.isfinite() & high.isfinite())

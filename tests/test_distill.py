@@ -305,7 +305,7 @@ def int4_rules(*, quantized: bool, **section: object) -> Recipe:
 
 
 def test_training_behind_the_rounding_makes_a_better_quantized_model() -> None:
-    section = {"steps": 80, "learning_rate": 0.003, "roles": ["query", "gate", "up"]}
+    section = {"steps": 80, "learning_rate": 0.001, "roles": ["query", "gate", "up"]}
     dense = small_text_model()
     aware, blind = (trained(int4_rules(quantized=flag, **section)) for flag in (True, False))
     assert mean_kl(aware, dense) < 0.75 * mean_kl(blind, dense)

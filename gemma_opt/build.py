@@ -20,6 +20,8 @@ from gemma_opt import checkpoint, gemma, inspection, pipeline
 from gemma_opt.calibration import CalibrationData, Store, draw_samples, sources_identity
 from gemma_opt.distill import DistillData
 from gemma_opt.engine.compilation import save_artifacts
+from gemma_opt.engine.kernels.gpu import keeping_compiled, tune
+from gemma_opt.engine.weights import take_weights
 from gemma_opt.errors import WeightsError
 from gemma_opt.evaluation.perplexity import answer_perplexity, builtin_text, text_perplexity
 from gemma_opt.evaluation.quiz import QuizScore, run_quiz
@@ -105,13 +107,18 @@ def build(
         _refuse_broken_logits(loaded.model)
         layers = inspection.measure(loaded.model, plan)
         checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
+        if recipe.engine.kind == "fast" and place.type == "cuda":
+            tune(take_weights(loaded.model, release=False), folder / checkpoint.COMPILE_CACHE)
         del loaded
-        service = Service.load(Source(recipe, folder), device)
-        try:
-            smoke = "".join(service.stream(Request(prompt=SMOKE_PROMPT, max_new_tokens=16, min_new_tokens=1, temperature=0.0)))
-            quality = _evaluate(service, questions, "evaluate", progress) if questions else None
-        finally:
-            service.close()
+        with keeping_compiled(folder / checkpoint.COMPILE_CACHE):
+            service = Service.load(Source(recipe, folder), device)
+            try:
+                smoke = "".join(
+                    service.stream(Request(prompt=SMOKE_PROMPT, max_new_tokens=16, min_new_tokens=1, temperature=0.0))
+                )
+                quality = _evaluate(service, questions, "evaluate", progress) if questions else None
+            finally:
+                service.close()
         if recipe.compile.targets:
             save_artifacts(folder / checkpoint.COMPILE_CACHE)
         report = BuildReport(

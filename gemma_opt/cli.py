@@ -240,6 +240,30 @@ def report(
 
 
 @app.command()
+def bench(
+    model: Model = DEFAULT_MODEL,
+    requests: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once; repeatable. By default 1 and 8.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 128,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed with several requests at once: tokens a second, together and each, and time to first token."""
+    from gemma_opt.loading import resolve
+    from gemma_opt.service import Service
+    from gemma_opt.throughput import measure, table, unlike_prompts
+
+    counts = requests or [1, 8]
+    with closing(Service.load(resolve(model), device, slots=max(counts), only_serve=True)) as service:
+        prompts = unlike_prompts(service, max(counts), prompt_tokens)
+        rounds = [measure(service, prompts[:count], new_tokens) for count in counts]
+    if as_json:
+        _print_json({"model": model, "rounds": [one.to_json() for one in rounds]})
+        return
+    _console().print(table(model, rounds))
+
+
+@app.command()
 def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
     host: Annotated[

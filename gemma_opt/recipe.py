@@ -543,12 +543,19 @@ class Compile(_Section):
 
 
 class EngineSection(_Section):
-    """How requests are served: at once, waiting, tokens a slot can hold, wall-clock limit of one reply."""
+    """How requests are served: at once, waiting, tokens a slot can hold, wall-clock limit of one reply.
 
+    kind: `reference` is transformers' own decoding, one request at a time. prefill_chunk: tokens of a prompt read between
+    two decode steps. lookup: longest guess of speculative decoding by prompt lookup, 0 for none; it never changes a reply.
+    """
+
+    kind: Literal["fast", "reference"] = "fast"
     slots: int = Field(default=1, ge=1, le=64)
     queue: int = Field(default=16, ge=0, le=1024)
     context: int = Field(default=8192, ge=16, le=131_072)
     timeout_s: float = Field(default=300.0, gt=0, le=86_400)
+    prefill_chunk: int = Field(default=512, ge=16, le=8192)
+    lookup: int = Field(default=0, ge=0, le=15)
 
 
 class Recipe(_Section):
@@ -582,6 +589,12 @@ class Recipe(_Section):
         methods = [stage.method for stage in self.sparsity]
         if "compact" in methods[1:] and set(methods[: len(methods) - methods[::-1].index("compact")]) != {"compact"}:
             raise ValueError("sparsity: compact refits whole columns and would revive earlier zeros: put it first")
+        return self
+
+    @model_validator(mode="after")
+    def _targets_fit_the_engine(self) -> Recipe:
+        if self.engine.kind == "fast" and "mlp" in self.compile.targets:
+            raise ValueError("compile: the fast engine runs no MLP modules that 'mlp' could compile; name decode or vision")
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Self
 from gemma_opt import charts
 from gemma_opt.checkpoint import COMPILE_CACHE
 from gemma_opt.engine.compilation import load_artifacts
+from gemma_opt.engine.core import FastEngine
 from gemma_opt.engine.interface import Engine, EngineRequest, Finished, Generation, SamplingParams
 from gemma_opt.engine.reference import ReferenceEngine
 from gemma_opt.errors import ConflictingInputs, EngineError, GemmaOptError, ParameterError
@@ -93,6 +93,10 @@ class Reply:
     metrics: dict[str, Metric] = field(default_factory=dict)
     _tokens: int = 0
 
+    def cancel(self) -> None:
+        """Stop as soon as possible; from any thread. The iterator then ends."""
+        self.generation.cancel()
+
     def __iter__(self) -> Iterator[str]:
         try:
             with safe_errors():
@@ -102,22 +106,27 @@ class Reply:
             self.generation.cancel()
 
     def _deltas(self) -> Iterator[str]:
-        pending, sent_at = "", -math.inf
+        """Text as it comes. Between two chunks this thread rests: with many streams, waking for each token costs most."""
         for token_id in self.generation:
-            self._tokens += 1
-            pending += self.text.push(token_id)
+            delta = "".join(map(self._read, (token_id, *self.generation.poll())))
+            if delta:
+                yield delta
             if self.text.stopped:
                 break
-            if pending and time.monotonic() - sent_at >= MIN_CHUNK_INTERVAL_S:
-                yield pending
-                pending, sent_at = "", time.monotonic()
+            if delta:
+                self.generation.rest(MIN_CHUNK_INTERVAL_S)
         if self.text.stopped:
             self.generation.cancel()
             for _ in self.generation:  # at most the tokens of one more step; afterwards the summary is there
                 pass
-        pending += self.text.finish()
-        if pending:
-            yield pending
+        if rest := self.text.finish():
+            yield rest
+
+    def _read(self, token_id: int) -> str:
+        if self.text.stopped:
+            return ""
+        self._tokens += 1
+        return self.text.push(token_id)
 
     def _measure(self, finished: Finished) -> dict[str, Metric]:
         metrics: dict[str, Metric] = {
@@ -143,12 +152,15 @@ class Service:
         self._encoder = PromptEncoder(ready.processing, ready.context)
 
     @classmethod
-    def load(cls, source: Source, device: str | None = None) -> Self:
+    def load(cls, source: Source, device: str | None = None, *, slots: int | None = None, only_serve: bool = False) -> Self:
         """Load or compress the model on the engine's thread, then answer one warm-up request.
 
-        Raises what loading, compression or compilation raise: UsageError, CheckpointError, EngineError.
+        slots: requests at once, if not as many as the recipe says. only_serve: free what only evaluation uses, the
+        model's own text layers. Raises what loading, compression or compilation raise: UsageError, CheckpointError,
+        EngineError.
         """
         recipe = source.recipe
+        settings = recipe.engine if slots is None else recipe.engine.model_copy(update={"slots": slots})
         opened: list[Ready] = []
 
         def load_model() -> GemmaModel:
@@ -158,7 +170,16 @@ class Service:
                 log.info("compiled code for this device: %s", "comes with the checkpoint" if found else "none, compiling now")
             return opened[0].model
 
-        engine = ReferenceEngine(load_model, recipe.engine, recipe.compile, warm_up=lambda: _warm_up_request(opened[0]))
+        def warm_up() -> EngineRequest:
+            return _warm_up_request(opened[0])
+
+        if settings.kind == "reference":
+            engine = ReferenceEngine(load_model, settings, recipe.compile, warm_up)
+        else:
+            compile_cache = source.folder / COMPILE_CACHE if source.folder else None
+            engine = FastEngine(
+                load_model, settings, recipe.compile, warm_up, keep_layers=not only_serve, compile_cache=compile_cache
+            )
         log.info("%s is ready; %s", recipe.name, engine.compile_report)
         return cls(engine, opened[0])
 

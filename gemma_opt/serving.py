@@ -1,11 +1,13 @@
 """Cog's own HTTP server without Docker, started the way a Cog image starts it.
 
 What `cog build` would have put into the image is put in place here: the interface description in .cog/, the predictor's
-name, and the interpreter on PATH. The working directory becomes the checkout's, where predict.py and openapi.json lie.
+name and how many requests it takes at once, and the interpreter on PATH. The working directory becomes the checkout's,
+where predict.py and openapi.json lie.
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 from pathlib import Path
@@ -36,4 +38,26 @@ def _environment(port: int, predictor: str) -> dict[str, str]:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     chosen = os.environ.get("GEMMA_OPT_MODEL")
     model = {"GEMMA_OPT_MODEL": str(Path(chosen).resolve())} if chosen and Path(chosen).exists() else {}
-    return {**os.environ, **model, "PATH": path, "PORT": str(port), "COG_PREDICT_TYPE_STUB": predictor}
+    at_once = {"COG_MAX_CONCURRENCY": str(_max_concurrency(predictor))}
+    return {**at_once, **os.environ, **model, "PATH": path, "PORT": str(port), "COG_PREDICT_TYPE_STUB": predictor}
+
+
+def _max_concurrency(predictor: str) -> int:
+    """The number in `@cog.concurrent(max=…)` on a predictor's predict, read without importing it, as `cog build` reads it."""
+    file, _, class_name = predictor.partition(":")
+    path = ROOT / file
+    tree = ast.parse(path.read_text("utf-8")) if path.is_file() else ast.Module([], [])
+    return next(
+        (
+            keyword.value.value
+            for item in tree.body
+            if isinstance(item, ast.ClassDef) and item.name == class_name
+            for method in item.body
+            if isinstance(method, ast.AsyncFunctionDef)
+            for decorator in method.decorator_list
+            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "cog.concurrent"
+            for keyword in decorator.keywords
+            if keyword.arg == "max" and isinstance(keyword.value, ast.Constant) and isinstance(keyword.value.value, int)
+        ),
+        1,
+    )

@@ -122,29 +122,43 @@ def generate(root: Path = ROOT) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
-def find_predict(source: str, class_name: str) -> ast.FunctionDef:
+def find_predict(source: str, class_name: str) -> ast.FunctionDef | ast.AsyncFunctionDef:
     """The predict method of a class, made sure that it is what the frame says: one that streams text."""
     classes = {item.name: item.body for item in ast.parse(source).body if isinstance(item, ast.ClassDef)}
-    methods = {item.name: item for item in classes.get(class_name, ()) if isinstance(item, ast.FunctionDef)}
+    methods = {
+        item.name: item for item in classes.get(class_name, ()) if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
     predict = methods.get("predict")
     if predict is None:
         raise UnreadableSignature(f"there is no method {class_name}.predict")
     if predict.returns is None or ast.unparse(predict.returns) != "ConcatenateIterator[str]":
         raise UnreadableSignature("predict must return ConcatenateIterator[str]", predict)
-    if [ast.unparse(decorator) for decorator in predict.decorator_list] != ["cog.streaming"]:
+    if "cog.streaming" not in map(ast.unparse, predict.decorator_list):
         raise UnreadableSignature("predict must be decorated with @cog.streaming", predict)
     return predict
 
 
-def input_schemas(predict: ast.FunctionDef, source: str) -> Iterator[tuple[str, Schema]]:
+def shared_inputs(source: str) -> dict[str, ast.expr]:
+    """`Class.attribute` → the Input(...) that it is in this file: Cog's reader follows such names, one step."""
+    return {
+        f"{item.name}.{ast.unparse(line.targets[0])}": line.value
+        for item in ast.parse(source).body
+        if isinstance(item, ast.ClassDef)
+        for line in item.body
+        if isinstance(line, ast.Assign)
+    }
+
+
+def input_schemas(predict: ast.FunctionDef | ast.AsyncFunctionDef, source: str) -> Iterator[tuple[str, Schema]]:
     """Name and schema of every input, in order."""
+    shared = shared_inputs(source)
     for order, (argument, default) in enumerate(zip(predict.args.args[1:], predict.args.defaults, strict=True)):
         if argument.annotation is None:
             raise UnreadableSignature(f"{argument.arg} has no type", argument)
         title = " ".join(word[:1].upper() + word[1:] for word in argument.arg.split("_"))
         uri = argument.arg in PICTURE_INPUTS
-        schema = type_schema(argument.annotation, uri=uri) | input_keywords(default, source)
-        yield argument.arg, {"x-order": order, "title": title, **schema}
+        keywords = input_keywords(shared.get(ast.unparse(default), default), source)
+        yield argument.arg, {"x-order": order, "title": title, **type_schema(argument.annotation, uri=uri), **keywords}
 
 
 def type_schema(annotation: ast.expr, *, uri: bool) -> Schema:

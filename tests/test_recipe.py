@@ -69,6 +69,9 @@ def test_overrides_reach_into_lists_and_make_missing_sections() -> None:
         ("model.revision=main", "model.revision"),
         ("model.base=", "model.base"),
         ("compile.targets=[decode, mlp]", "name one of decode and mlp"),
+        ("compile.targets=[mlp]", "the fast engine runs no MLP modules"),
+        ("engine.kind=faster", "engine.kind"),
+        ("engine.lookup=16", "engine.lookup"),
         ("engine.slots=0", "engine.slots"),
         ("sparsity.7.ratio=0.1", "the list has 1 entries"),
         ("name.x=1", "no section to hold"),
@@ -161,7 +164,7 @@ def test_missing_files_are_not_found(tmp_path: Path) -> None:
 
 def test_the_digest_is_that_of_the_weights() -> None:
     base = Recipe.load(PRUNED)
-    same = Recipe.load(PRUNED, ("name=other", "engine.queue=3", "compile.targets=[mlp]", "description=x"))
+    same = Recipe.load(PRUNED, ("name=other", "engine.queue=3", "compile.targets=[vision]", "description=x"))
     assert same.digest() == base.digest()
     for override in ("sparsity.0.ratio=0.3", "quantization.default=bf16", "model.base=elsewhere"):
         assert Recipe.load(PRUNED, (override,)).digest() != base.digest()

@@ -14,8 +14,8 @@ TIERS = {
     1: ("layout", "policy", "gemma", "fetching", "images", "prompt", "text", "calibration"),
     2: ("sparsity", "lowrank", "distill", "quantization", "inspection", "sizing"),
     3: ("pipeline", "checkpoint", "engine"),
-    4: ("environment", "loading", "service", "request_inputs", "evaluation", "serving"),
-    5: ("build", "report"),
+    4: ("environment", "loading", "service", "cancellation", "request_inputs", "evaluation", "serving"),
+    5: ("build", "report", "throughput"),
     6: ("cli", "__main__"),
 }
 TIER_OF = {room: tier for tier, rooms in TIERS.items() for room in rooms}
@@ -79,4 +79,4 @@ def test_predictor_imports_neither_torch_nor_a_model_library() -> None:
     source = ast.parse((PACKAGE.parent / "predict.py").read_text("utf-8"))
     names = {alias.name.partition(".")[0] for node in ast.walk(source) if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module).partition(".")[0] for node in ast.walk(source) if isinstance(node, ast.ImportFrom)}
-    assert names == {"logging", "sys", "cog", "gemma_opt"}
+    assert names == {"logging", "sys", "collections", "cog", "gemma_opt"}

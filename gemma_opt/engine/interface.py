@@ -6,9 +6,11 @@ pixel tensors. The one exception is `SamplingParams.stop_sequences`, which it ca
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -83,6 +85,11 @@ class EngineRequest:
     images: tuple[Tensor, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
+    @cached_property
+    def image_keys(self) -> tuple[bytes, ...]:
+        """A digest of each picture's pixels. Takes 10 ms for a large one: worth doing on the caller's thread."""
+        return tuple(hashlib.sha256(image.contiguous().numpy().data).digest() for image in self.images)
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -109,6 +116,10 @@ class Generation(Protocol):
 
     def poll(self) -> list[int]:
         """The token ids that are ready now, without waiting. Later iteration goes on after them."""
+        ...
+
+    def rest(self, seconds: float) -> None:
+        """Let tokens gather: return after that time, or as soon as no further one follows."""
         ...
 
     def cancel(self) -> None:

@@ -7,10 +7,12 @@ everything that touches the model runs here: it is loaded, compiled, used and dr
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from gemma_opt.engine.interface import EngineRequest, Finished, FinishReason
 from gemma_opt.errors import EngineClosed, EngineError, GemmaOptError, GenerationTimeout, QueueFull
@@ -21,11 +23,17 @@ POLL_S = 0.05  # Cog delivers a cancel at the next bytecode: no wait may block l
 
 
 class QueuedGeneration:
-    """A request on its way: the engine thread pushes token ids in, any thread reads them out."""
+    """A request on its way: the engine thread pushes token ids in, any thread reads them out.
 
-    def __init__(self, request: EngineRequest, deadline: float) -> None:
+    timeout_s: from now on, waiting included. on_end: told once that no token follows.
+    """
+
+    def __init__(
+        self, request: EngineRequest, timeout_s: float, on_end: Callable[[QueuedGeneration], None] | None = None
+    ) -> None:
         self.request = request
-        self.deadline = deadline
+        self._timeout_s = timeout_s
+        self._on_end = on_end
         self.cancelled = threading.Event()
         self._submitted = time.monotonic()
         self._first: float | None = None
@@ -50,11 +58,18 @@ class QueuedGeneration:
         self._reason, self._error = reason, error
         self._ended.set()
         self._outbox.put(None)
+        if self._on_end:
+            self._on_end(self)
 
     @property
     def must_stop(self) -> bool:
-        """Cancelled, or out of time (then the generation is ended with GenerationTimeout)."""
-        return self.cancelled.is_set() or time.monotonic() > self.deadline
+        """Cancelled, or out of time: `end_early` is due."""
+        return self.cancelled.is_set() or time.monotonic() > self._submitted + self._timeout_s
+
+    def end_early(self) -> None:
+        """End what `must_stop`: quietly if the caller cancelled, else with GenerationTimeout."""
+        timed_out = not self.cancelled.is_set()
+        self.end("cancelled", GenerationTimeout(f"no complete reply within {self._timeout_s:g} s") if timed_out else None)
 
     # The caller's side
 
@@ -82,6 +97,10 @@ class QueuedGeneration:
             ready.append(token_id)
         return ready
 
+    def rest(self, seconds: float) -> None:
+        """Let tokens gather: return after that time, or as soon as no further one follows."""
+        self._ended.wait(seconds)
+
     def cancel(self) -> None:
         """Stop as soon as possible."""
         self.cancelled.set()
@@ -101,20 +120,38 @@ class QueuedGeneration:
         )
 
 
-Serve = Callable[[QueuedGeneration], FinishReason]
+class Worker(Protocol):
+    """Owns the model, on the engine thread alone."""
+
+    def add(self, generation: QueuedGeneration) -> None:
+        """Take a request in. Its generation must be ended some time, by a reason or by an error."""
+        ...
+
+    def turn(self) -> bool:
+        """Do a short piece of work. False: nothing is left to do until the next request."""
+        ...
+
+
+def warm_up(worker: Worker, request: EngineRequest) -> None:
+    """Answer a request without a time limit, on the calling thread. Raises what ended it early."""
+    generation = QueuedGeneration(request, math.inf)
+    worker.add(generation)
+    while worker.turn():
+        pass
+    for _ in generation:
+        pass
 
 
 class EngineThread:
-    """Runs one request after another on a thread of its own.
+    """Runs a worker on a thread of its own, and a bounded line of requests in front of it.
 
-    start: called first, on that thread; loads the model and returns the function that serves one generation.
-    waiting: how many requests may wait behind the running one. The constructor returns when `start` has, and raises
-    what it raised. A failure inside `serve` that is not the request's own ends the engine: a model in an unknown
-    state (a broken CUDA context) must not answer anyone.
+    start: called first, on that thread; loads the model and returns its worker. capacity: how many requests may run and
+    wait together. The constructor returns when `start` has, and raises what it raised. What escapes a turn ends the
+    engine: a model in an unknown state (a broken CUDA context) must not answer anyone.
     """
 
-    def __init__(self, start: Callable[[], Serve], *, waiting: int, timeout_s: float) -> None:
-        self._capacity = waiting + 1
+    def __init__(self, start: Callable[[], Worker], *, capacity: int, timeout_s: float) -> None:
+        self._capacity = capacity
         self._timeout_s = timeout_s
         self._inbox: queue.SimpleQueue[QueuedGeneration | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -136,12 +173,11 @@ class EngineThread:
 
     def submit(self, request: EngineRequest) -> QueuedGeneration:
         """Queue a request. Raises QueueFull or EngineClosed."""
-        generation = QueuedGeneration(request, time.monotonic() + self._timeout_s)
+        generation = QueuedGeneration(request, self._timeout_s, self._forget)
         with self._lock:
             if self._closed:
                 raise EngineClosed("the engine has stopped; the server must be restarted")
-            self._open = {entry for entry in self._open if not entry.cancelled.is_set()}
-            if len(self._open) >= self._capacity:
+            if sum(not entry.cancelled.is_set() for entry in self._open) >= self._capacity:
                 raise QueueFull(f"{self._capacity} requests are running or waiting; try again later")
             self._open.add(generation)
             self._inbox.put(generation)
@@ -156,9 +192,13 @@ class EngineThread:
         self._inbox.put(None)
         self._thread.join()
 
-    def _main(self, start: Callable[[], Serve], ready: threading.Event) -> None:
+    def _forget(self, generation: QueuedGeneration) -> None:
+        with self._lock:
+            self._open.discard(generation)
+
+    def _main(self, start: Callable[[], Worker], ready: threading.Event) -> None:
         try:
-            serve = start()
+            worker = start()
         except BaseException as error:
             self._closed = True
             self._failure = error
@@ -168,29 +208,26 @@ class EngineThread:
         finally:
             ready.set()
         try:
-            while (generation := self._inbox.get()) is not None:
-                self._serve_one(serve, generation)
-        finally:
-            self._refuse_the_rest()
-
-    def _serve_one(self, serve: Serve, generation: QueuedGeneration) -> None:
-        try:
-            reason = "cancelled" if generation.must_stop else serve(generation)
-        except GemmaOptError as error:
-            generation.end(error=error)
+            self._work(worker)
         except BaseException:
-            generation.end(error=EngineError("internal error"))
+            self._end_all(EngineError("internal error"))
             raise
-        else:
-            timed_out = reason == "cancelled" and not generation.cancelled.is_set()
-            generation.end(reason, GenerationTimeout(f"no complete reply within {self._timeout_s:g} s") if timed_out else None)
-        finally:
-            with self._lock:
-                self._open.discard(generation)
+        self._end_all(EngineClosed("the engine has stopped"))
 
-    def _refuse_the_rest(self) -> None:
+    def _work(self, worker: Worker) -> None:
+        busy = False
+        while True:
+            while not (busy and self._inbox.empty()):  # waits where there is nothing to do
+                generation = self._inbox.get()
+                if generation is None:
+                    return
+                worker.add(generation)
+                busy = True
+            busy = worker.turn()
+
+    def _end_all(self, error: GemmaOptError) -> None:
         with self._lock:
             self._closed = True
             left = list(self._open)
         for generation in left:
-            generation.end(error=None if generation.cancelled.is_set() else EngineClosed("the engine has stopped"))
+            generation.end(error=None if generation.cancelled.is_set() else error)

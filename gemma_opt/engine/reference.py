@@ -7,7 +7,7 @@ Only the hot submodules a recipe names are compiled. For `decode` the KV cache i
 from __future__ import annotations
 
 import logging
-import math
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import Cache, DynamicCache, StaticCache
 
+from gemma_opt.engine.batch import Batch
 from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
 from gemma_opt.engine.interface import EngineRequest, FinishReason
-from gemma_opt.engine.queueing import EngineThread, QueuedGeneration, Serve
-from gemma_opt.engine.sampling import next_token
+from gemma_opt.engine.queueing import EngineThread, QueuedGeneration, warm_up
 from gemma_opt.errors import CompileError, EngineError, PromptTooLong
 from gemma_opt.gemma import GemmaModel, stop_token_ids, weights_device
 from gemma_opt.recipe import Compile, EngineSection
@@ -30,7 +30,7 @@ class ReferenceEngine:
     """An `Engine` over a transformers model.
 
     load: builds the model; called on the engine's thread, which keeps it. See `EngineThread` for failures.
-    warm_up: a request that is answered before the constructor returns, without a time limit: it pays for compilation.
+    warm_up_request: a request that is answered before the constructor returns, without a time limit: it pays for compilation.
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class ReferenceEngine:
         load: Callable[[], GemmaModel],
         settings: EngineSection,
         compile_section: Compile,
-        warm_up: Callable[[], EngineRequest] | None = None,
+        warm_up_request: Callable[[], EngineRequest] | None = None,
     ) -> None:
         self.context = settings.context
         self._compiler = SelectiveCompiler(compile_section)
 
-        def start() -> Serve:
+        def start() -> _Server:
             server = _Server(load(), settings.context, self._compiler)
-            if warm_up:
-                server.serve(QueuedGeneration(warm_up(), deadline=math.inf))
-            return server.serve
+            if warm_up_request:
+                warm_up(server, warm_up_request())
+            return server
 
-        self._thread = EngineThread(start, waiting=settings.slots - 1 + settings.queue, timeout_s=settings.timeout_s)
+        self._thread = EngineThread(start, capacity=settings.slots + settings.queue, timeout_s=settings.timeout_s)
 
     def submit(self, request: EngineRequest) -> QueuedGeneration:
         """Queue a request. Raises PromptTooLong, QueueFull, EngineClosed."""
@@ -73,7 +73,7 @@ class ReferenceEngine:
 
 
 class _Server:
-    """Serves one generation after another. Lives on the engine's thread."""
+    """Serves one generation after another, a whole one each turn. Lives on the engine's thread."""
 
     def __init__(self, model: GemmaModel, context: int, compiler: SelectiveCompiler) -> None:
         compiler.compile_modules_(model)
@@ -88,38 +88,48 @@ class _Server:
         # A compiled step needs one shape at every position: a cache that is as long from the start as it can get.
         static = "decode" in compiler.section.targets
         self.static_cache = StaticCache(config=self.text_config, max_cache_len=context) if static else None
+        self._waiting: deque[QueuedGeneration] = deque()
+
+    def add(self, generation: QueuedGeneration) -> None:
+        """Put a request at the end of the line."""
+        self._waiting.append(generation)
 
     @torch.inference_mode()
-    def serve(self, generation: QueuedGeneration) -> FinishReason:
-        """Prefill, then decode until a stop token, the length limit, a cancel or the deadline."""
+    def turn(self) -> bool:
+        """Serve who waits longest: prefill, then decode until a stop token, the length limit, a cancel or the deadline."""
+        generation = self._waiting.popleft()
         try:
-            return self._generate(generation)
+            if reason := None if generation.must_stop else self._generate(generation):
+                generation.end(reason)
+            else:
+                generation.end_early()
         except torch.OutOfMemoryError:
-            raise EngineError("out of GPU memory for this request: send a shorter prompt or fewer pictures") from None
+            generation.end(error=EngineError("out of GPU memory for this request: send a shorter prompt or fewer pictures"))
         except TorchDynamoException as error:
             log.error("compilation failed", exc_info=error)
-            raise CompileError("a compile target of the recipe could not be compiled; the log has the reason") from None
+            generation.end(error=CompileError("a compile target of the recipe could not be compiled; the log has the reason"))
+        return bool(self._waiting)
 
-    def _generate(self, generation: QueuedGeneration) -> FinishReason:
+    def _generate(self, generation: QueuedGeneration) -> FinishReason | None:
+        """How it ended; None: it must stop."""
         request, sampling = generation.request, generation.request.sampling
         position = len(request.token_ids)
         limit = min(sampling.max_new_tokens, self.context - position)
         cache = self._empty_cache()
+        batch = Batch(1, self.text_config.vocab_size, self.stop_ids, self.device)
+        batch.start(0, sampling, request.token_ids)
+        slot = torch.tensor([0], device=self.device)
         logits = self._prefill(request, cache)
-        seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=self.device)
-        seen[torch.tensor(request.token_ids, device=self.device)] = True
         for count in range(limit):
             if generation.must_stop:
-                return "cancelled"
-            if count < sampling.min_new_tokens:
-                logits[list(self.stop_ids)] = -torch.inf
-            token = next_token(logits, sampling, seen=seen, position=position)
+                return None
+            token = batch.draw_apart(logits.float()[None], [0], torch.tensor([position], device=self.device))
             token_id = int(token)
             if token_id in self.stop_ids:
                 return "stop"
             generation.push(token_id)
+            batch.feed(slot, token, torch.tensor([position], device=self.device))
             if count + 1 < limit:
-                seen[token] = True
                 logits = self._decode_one(token, position, cache)
                 position += 1
         return "length"

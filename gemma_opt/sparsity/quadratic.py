@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gemma_opt.calibration import Moments
 from gemma_opt.errors import WeightsError
+from gemma_opt.onednn import with_onednn
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def target(weight: Tensor, moments: Moments, quadratic: Quadratic) -> Tensor:
     return torch.cholesky_solve(pull.T, quadratic.factor).T
 
 
+@with_onednn
 def refine(weight: Tensor, keep: Tensor, wanted: Tensor, hessian: Tensor, steps: int) -> Tensor:
     """Move the kept weights towards the least error, the others staying zero: conjugate gradients, all rows at once.
 
@@ -61,11 +64,11 @@ def refine(weight: Tensor, keep: Tensor, wanted: Tensor, hessian: Tensor, steps:
     """
     scale = 1 / hessian.diagonal()
     weight = weight * keep
-    residual = ((wanted - weight) @ hessian) * keep
+    residual = functional.linear(wanted - weight, hessian) * keep
     ahead = residual * scale
     direction, power = ahead, (residual * ahead).sum(dim=1, keepdim=True)
     for _ in range(steps):
-        pushed = (direction @ hessian) * keep
+        pushed = functional.linear(direction, hessian) * keep
         curvature = (direction * pushed).sum(dim=1, keepdim=True)
         step = torch.where(curvature > 0, power / curvature, 0.0)
         weight = weight + step * direction

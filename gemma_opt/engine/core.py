@@ -1,0 +1,365 @@
+"""The fast engine: continuous batching over the own Gemma 3 forward.
+
+One thread, one turn after another: drop what must stop, give free slots to who waits, read at most one chunk of one
+prompt, decode one step of all slots, hand out the tokens. The scheduler decides who is in a turn and holds no tensors;
+the forward knows no requests. A reply is the same whatever runs beside it: prompts are cut by their own content, rows do
+not see each other, random numbers depend on seed and position.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from gemma_opt.engine.batch import Batch
+from gemma_opt.engine.cache import KvCache
+from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
+from gemma_opt.engine.forward import TextModel
+from gemma_opt.engine.graphs import steps_of
+from gemma_opt.engine.interface import EngineRequest, FinishReason
+from gemma_opt.engine.lookup import PromptLookup
+from gemma_opt.engine.pictures import PictureCache, picture_encoder
+from gemma_opt.engine.prefixes import Cut, Prefixes, cuts_of
+from gemma_opt.engine.queueing import EngineThread, QueuedGeneration, warm_up
+from gemma_opt.engine.scheduler import Chunk, Scheduler, Span, chunk_ends
+from gemma_opt.engine.weights import take_weights
+from gemma_opt.errors import CompileError, EngineError, GemmaOptError, InputError, PromptTooLong
+from gemma_opt.gemma import GemmaModel, stop_token_ids, vision_tower
+from gemma_opt.recipe import Compile, EngineSection
+
+log = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = "out of GPU memory for this request: send a shorter prompt or fewer pictures"
+COST_ROUNDS = 5  # timings of which the best counts
+
+
+@dataclass
+class Counters:
+    """What the engine did since it started. Read them from any thread."""
+
+    prefilled_tokens: int = 0
+    reused_tokens: int = 0  # of prompts, found in a slot's cache
+    pictures_encoded: int = 0
+    steps: int = 0
+    decoded_tokens: int = 0
+    guessed_tokens: int = 0
+    right_guesses: int = 0
+
+
+class FastEngine:
+    """An `Engine` over a transformers model whose text layers it packs for itself.
+
+    load: builds the model; called on the engine's thread, which keeps it. See `EngineThread` for failures.
+    warm_up_request: answered before the constructor returns, without a time limit: it pays for compilation.
+    keep_layers: leave transformers' text layers usable, for evaluation; otherwise they are emptied as they are packed.
+    compile_cache: a checkpoint's folder of that name; what it has for this device is used.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], GemmaModel],
+        settings: EngineSection,
+        compile_section: Compile,
+        warm_up_request: Callable[[], EngineRequest] | None = None,
+        *,
+        keep_layers: bool = False,
+        compile_cache: Path | None = None,
+    ) -> None:
+        self.context = settings.context
+        self.counters = Counters()
+        # `decode` names what this engine has in any case: its own step instead of a compiled one.
+        modules = tuple(target for target in compile_section.targets if target == "vision")
+        self._compiler = SelectiveCompiler(compile_section.model_copy(update={"targets": modules}))
+
+        def start() -> _Runner:
+            runner = _Runner(
+                load(), settings, self._compiler, self.counters, keep_layers=keep_layers, compile_cache=compile_cache
+            )
+            if warm_up_request:
+                warm_up(runner, warm_up_request())
+            return runner
+
+        self._thread = EngineThread(start, capacity=settings.slots + settings.queue, timeout_s=settings.timeout_s)
+
+    def submit(self, request: EngineRequest) -> QueuedGeneration:
+        """Queue a request. Raises PromptTooLong, QueueFull, EngineClosed."""
+        if len(request.token_ids) > self.context - 1:
+            raise PromptTooLong(f"the prompt has {len(request.token_ids):,} tokens, at most {self.context - 1:,} fit")
+        _ = request.image_keys  # hashed here, on the caller's thread, and kept by the request
+        return self._thread.submit(request)
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are still served."""
+        return self._thread.alive
+
+    @property
+    def compile_report(self) -> CompileReport:
+        """What torch.compile did until now."""
+        return self._compiler.report()
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._thread.close()
+
+
+@dataclass
+class _Reply:
+    """A request on its way through the engine. position: where `last`, the newest token, belongs; it is not in the cache."""
+
+    generation: QueuedGeneration
+    image_spans: list[Span]
+    cuts: dict[int, Cut]
+    limit: int
+    lookup: PromptLookup | None
+    given: int = 0
+    last: int = 0
+    position: int = 0
+    slot: int = field(default=-1)
+
+    @property
+    def request(self) -> EngineRequest:
+        return self.generation.request
+
+    @property
+    def left(self) -> int:
+        """Tokens it may still get."""
+        return self.limit - self.given
+
+
+class _Runner:
+    """The engine's thread's side: model, cache and everything that is running. See the module's text for a turn."""
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: GemmaModel,
+        settings: EngineSection,
+        compiler: SelectiveCompiler,
+        counters: Counters,
+        *,
+        keep_layers: bool,
+        compile_cache: Path | None,
+    ) -> None:
+        compiler.compile_modules_(model)
+        self._settings, self._counters = settings, counters
+        self._stop_ids = stop_token_ids(model)
+        self._image_token_id = getattr(model.config, "image_token_id", None)
+        self._pictures = PictureCache(picture_encoder(model)) if vision_tower(model) is not None else None
+        weights = take_weights(model, release=not keep_layers)
+        self._device = weights.device
+        cache = KvCache(weights, slots=settings.slots, context=settings.context, slack=settings.lookup)
+        self._cache = cache
+        self._model = TextModel(weights, cache, compile_cache=compile_cache)
+        self._batch = Batch(settings.slots, weights.shape.vocabulary, self._stop_ids, self._device)
+        ring = min([layer.length for layer in cache.layers if layer.sliding], default=settings.context)
+        self._prefixes = Prefixes(settings.slots, ring, cache.window)
+        self._scheduler: Scheduler[QueuedGeneration] = Scheduler(settings.slots)
+        self._replies: dict[QueuedGeneration, _Reply] = {}
+        self._row_cost = self._measure_row_cost() if settings.lookup else 1.0
+        self._step = steps_of(self._model.decode, self._batch)
+
+    # Requests in and out
+
+    def add(self, generation: QueuedGeneration) -> None:
+        """Put a request at the end of the line."""
+        request = generation.request
+        spans = picture_spans(request.token_ids, self._image_token_id)
+        if len(spans) != len(request.images):
+            generation.end(error=InputError(f"{len(request.images)} pictures, and places for {len(spans)} in the prompt"))
+            return
+        length, sampling = len(request.token_ids), request.sampling
+        ends = chunk_ends(length, spans, self._settings.prefill_chunk)
+        cuts = cuts_of(request.token_ids, spans, request.image_keys, ends)
+        guesses = self._settings.lookup and sampling.repetition_penalty == 1  # its penalties would depend on the guesses
+        self._replies[generation] = _Reply(
+            generation=generation,
+            image_spans=spans,
+            cuts={cut.end: cut for cut in cuts},
+            limit=min(sampling.max_new_tokens, self._settings.context - length),
+            lookup=PromptLookup(request.token_ids, self._settings.lookup) if guesses else None,
+        )
+        self._scheduler.add(generation, ends)
+
+    @torch.inference_mode()
+    def turn(self) -> bool:
+        """One turn; False: nothing runs and nobody waits."""
+        for generation in [generation for generation in self._replies if generation.must_stop]:
+            self._leave(generation)
+            generation.end_early()
+        self._admit()
+        self._prefill_one_chunk()
+        if replies := [self._replies[generation] for generation in self._scheduler.decoding]:
+            self._decode(replies)
+        return not self._scheduler.idle
+
+    def _admit(self) -> None:
+        def place(generation: QueuedGeneration, free: Sequence[int]) -> tuple[int, int]:
+            return self._prefixes.choose(free, list(self._replies[generation].cuts.values()))
+
+        for admission in self._scheduler.admit(place):
+            reply = self._replies[admission.key]
+            reply.slot = admission.slot
+            self._prefixes.start(admission.slot, admission.reused)
+            self._counters.reused_tokens += admission.reused
+            self._batch.start(admission.slot, reply.request.sampling, reply.request.token_ids)
+
+    def _leave(self, generation: QueuedGeneration) -> None:
+        self._scheduler.remove(generation)
+        del self._replies[generation]
+
+    def _end(self, reply: _Reply, reason: FinishReason = "cancelled", error: GemmaOptError | None = None) -> None:
+        self._leave(reply.generation)
+        reply.generation.end(reason, error)
+
+    def _hand_out(self, reply: _Reply, tokens: Sequence[int]) -> None:
+        """Send newly drawn tokens, the reply's next ones. May end it."""
+        for token in tokens:
+            reply.last, reply.position = token, reply.position + 1
+            if token in self._stop_ids:
+                return self._end(reply, "stop")
+            reply.generation.push(token)
+            reply.given += 1
+            self._counters.decoded_tokens += 1
+            if reply.left == 0:
+                return self._end(reply, "length")
+        return None
+
+    # Prefill
+
+    def _prefill_one_chunk(self) -> None:
+        """Compute one chunk; what another slot has computed already is copied, as much as there is."""
+        while chunk := self._scheduler.next_chunk():
+            reply = self._replies[chunk.key]
+            cut = reply.cuts[chunk.end]
+            source = None if chunk.last else self._prefixes.holder(cut)
+            if source is not None:
+                self._copy(source, chunk)
+                self._prefixes.hold(chunk.slot, cut)
+                self._counters.reused_tokens += chunk.end - chunk.start
+                continue
+            try:
+                self._read(reply, chunk)
+            except torch.OutOfMemoryError:
+                self._end(
+                    reply, error=EngineError("out of GPU memory for this request: send a shorter prompt or fewer pictures")
+                )
+            except TorchDynamoException as error:
+                log.error("compilation failed", exc_info=error)
+                self._end(reply, error=CompileError("a compile target of the recipe could not be compiled; see the log"))
+            return
+
+    def _copy(self, source: int, chunk: Chunk[QueuedGeneration]) -> None:
+        """Take a chunk's keys and values over from another slot: in sliding layers what later positions look at."""
+        for layer in self._cache.layers:
+            begin = max(chunk.start, chunk.end - self._cache.window + 1) if layer.sliding else chunk.start
+            if begin < chunk.end:
+                layer.write_(chunk.slot, begin, *layer.read(source, begin, chunk.end))
+
+    def _read(self, reply: _Reply, chunk: Chunk[QueuedGeneration]) -> None:
+        """Compute a chunk and, after the last one, draw the first token."""
+        self._prefixes.wrote(chunk.slot, chunk.end)
+        embeddings = self._embed(reply, chunk.start, chunk.end)
+        logits = self._model.prefill(chunk.slot, embeddings, chunk.start, reply.image_spans)
+        self._prefixes.hold(chunk.slot, reply.cuts[chunk.end])
+        self._counters.prefilled_tokens += chunk.end - chunk.start
+        if chunk.last:
+            slot, position = self._index([chunk.slot]), self._index([chunk.end])
+            token = self._batch.draw_apart(logits[None], [chunk.slot], position)
+            self._batch.feed(slot, token, position)
+            reply.position = chunk.end - 1
+            self._learn(reply, 0, token.tolist(), 1)
+
+    def _embed(self, reply: _Reply, start: int, end: int) -> Tensor:
+        """Embeddings [tokens, hidden] of a chunk of the prompt, its pictures in their places."""
+        ids = torch.tensor(reply.request.token_ids[start:end], device=self._device)
+        if self._image_token_id is not None:
+            ids[ids == self._image_token_id] = 0  # their own id may lie beyond the table
+        embeddings = self._model.embed(ids)
+        for index, (begin, stop) in enumerate(reply.image_spans):
+            if self._pictures and start <= begin < end:
+                request = reply.request
+                soft_tokens = self._pictures.soft_tokens(request.image_keys[index], request.images[index])
+                embeddings[begin - start : stop - start] = soft_tokens
+                self._counters.pictures_encoded = self._pictures.encoded
+        return embeddings
+
+    # Decode
+
+    def _decode(self, replies: Sequence[_Reply]) -> None:
+        self._counters.steps += 1
+        guesses = [self._guess(reply, len(replies)) for reply in replies]
+        if any(guesses):
+            return self._decode_guessing(replies, guesses)
+        tokens = self._step([reply.slot for reply in replies]).tolist()
+        for reply, token in zip(replies, tokens, strict=True):
+            self._prefixes.wrote(reply.slot, reply.position + 1)
+            self._learn(reply, 0, [token], len(replies))
+        return None
+
+    def _guess(self, reply: _Reply, rows: int) -> list[int]:
+        return reply.lookup.guess(self._row_cost, rows)[: reply.left - 1] if reply.lookup else []
+
+    def _decode_guessing(self, replies: Sequence[_Reply], guesses: Sequence[Sequence[int]]) -> None:
+        """One step in which a reply has a row for its last token and one for each guess; right guesses are kept."""
+        rows = [
+            (token, reply.slot, reply.position + ahead)
+            for reply, guess in zip(replies, guesses, strict=True)
+            for ahead, token in enumerate((reply.last, *guess))
+        ]
+        tokens, slots, positions = (self._index(column) for column in zip(*rows, strict=True))
+        logits = self._model.decode(tokens, slots, positions)
+        drawn = self._batch.draw_apart(logits, [slot for _, slot, _ in rows], positions + 1).tolist()
+        kept: list[tuple[_Reply, list[int], int]] = []
+        for reply, guess in zip(replies, guesses, strict=True):
+            due, drawn = drawn[: len(guess) + 1], drawn[len(guess) + 1 :]
+            right = next((n for n, token in enumerate(guess) if due[n] != token), len(guess))
+            self._prefixes.wrote(reply.slot, reply.position + len(guess) + 1)
+            kept.append((reply, due[: right + 1], len(guess)))
+            self._counters.guessed_tokens += len(guess)
+            self._counters.right_guesses += right
+        self._batch.feed(
+            self._index([reply.slot for reply, _, _ in kept]),
+            self._index([due[-1] for _, due, _ in kept]),
+            self._index([reply.position + len(due) for reply, due, _ in kept]),
+        )
+        for reply, due, guessed in kept:
+            self._learn(reply, guessed, due, len(replies))
+
+    def _learn(self, reply: _Reply, guessed: int, drawn: Sequence[int], rows: int) -> None:
+        if reply.lookup:
+            reply.lookup.learn(guessed, drawn, self._row_cost, rows)
+        self._hand_out(reply, drawn)
+
+    def _measure_row_cost(self) -> float:
+        """What one more row adds to a decode step, as a share of a step with one row. See `lookup.pays`."""
+
+        def seconds(rows: int) -> float:
+            positions = torch.arange(rows, device=self._device)
+            started = time.perf_counter()
+            self._model.decode(torch.zeros_like(positions), torch.zeros_like(positions), positions).argmax(-1).tolist()
+            return time.perf_counter() - started
+
+        more = self._settings.lookup
+        one, many = (min(seconds(rows) for _ in range(COST_ROUNDS)) for rows in (1, 1 + more))
+        return max(0.0, many / one - 1) / more
+
+    def _index(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def picture_spans(token_ids: Sequence[int], image_token_id: int | None) -> list[Span]:
+    """begin ≤ p < end of every run of soft tokens: one for each picture or crop."""
+    spans: list[Span] = []
+    for position, token in enumerate(token_ids):
+        if token == image_token_id:
+            begin = spans.pop()[0] if spans and spans[-1][1] == position else position
+            spans.append((begin, position + 1))
+    return spans

@@ -1,0 +1,169 @@
+"""Gemma 3's text model over packed tensors: prefill in chunks, decode with an explicit position per row.
+
+Written for one purpose, serving: slots instead of batches, logits of last positions only, every row at its own position.
+Everything here is plain torch and runs on any device; `kernels` may replace the products and the whole of `decode`.
+transformers' `generate` is the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gemma_opt.engine.cache import KvCache, LayerCache
+from gemma_opt.engine.kernels import DecodeStep, Linear, find_kernels
+from gemma_opt.engine.linear import linear, rows_of
+from gemma_opt.engine.rope import RopeTables, Rotation, rotate
+from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
+
+Span = tuple[int, int]  # positions begin ≤ p < end of one picture's soft tokens
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class TextModel:
+    """A text model and its cache.
+
+    use_kernels: False keeps to the torch operations here, with which the kernels are compared. compile_cache: see
+    `find_kernels`.
+    """
+
+    def __init__(
+        self, weights: TextWeights, cache: KvCache, *, use_kernels: bool = True, compile_cache: Path | None = None
+    ) -> None:
+        self.weights, self.cache = weights, cache
+        self.rope = RopeTables.of(weights, cache.context)
+        found = find_kernels(weights, cache, self.rope, compile_cache) if use_kernels else None
+        self._linear: Linear = found.linear if found else linear
+        self._decode_step: DecodeStep = found.decode_step if found else self._decode_with_torch
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Scaled embeddings [tokens, hidden] of token ids [tokens]."""
+        return rows_of(self.weights.table, token_ids, self.weights.dtype) * self.weights.shape.embedding_scale
+
+    def prefill(self, slot: int, embeddings: Tensor, start: int, image_spans: Sequence[Span] = ()) -> Tensor:
+        """Read a chunk of one slot's prompt: positions from `start` on, all earlier ones read before.
+
+        embeddings: [tokens, hidden]. image_spans: positions of pictures; inside one, tokens see each other both ways, so
+        a chunk holds all of a span or nothing (ValueError otherwise); spans outside the chunk do not matter.
+        Returns float32 logits [vocabulary] after the last token. Results depend on the chunks by rounding only.
+        """
+        end = start + embeddings.shape[0]
+        if end > self.cache.context:
+            raise ValueError(f"position {end - 1} is beyond the context of {self.cache.context}")
+        if torn := [span for span in image_spans if span[0] < start < span[1] or span[0] < end < span[1]]:
+            raise ValueError(f"a chunk from {start} to {end} tears pictures at {torn}")
+        inside = [span for span in image_spans if start <= span[0] and span[1] <= end]
+        masks = {
+            sliding: _chunk_mask(start, end, self._history_begin(start, sliding=sliding), inside, window, embeddings.device)
+            for sliding, window in ((True, self.cache.window), (False, None))
+        }
+        rotations = {sliding: self.rope.at(slice(start, end), sliding=sliding) for sliding in (True, False)}
+        x = embeddings
+        for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
+            attend = self._chunk_attention(cache, slot, start, masks[layer.sliding])
+            x = _block(x, layer, self.weights.shape, rotations[layer.sliding], self._linear, attend)
+        return self._logits(x[-1:])[0]
+
+    def extend(self, slot: int, token_ids: Tensor, start: int) -> Tensor:
+        """Decode several given tokens of one slot at once: float32 logits [tokens, vocabulary], one after each.
+
+        At most `cache.slack` + 1 tokens (ValueError otherwise). Each row equals what `decode` gives for it. Tokens that
+        turn out wrong need no clean-up: later ones overwrite them.
+        """
+        count = token_ids.shape[0]
+        if count > self.cache.slack + 1:
+            raise ValueError(f"{count} tokens at once need a cache with a slack of {count - 1}, it has {self.cache.slack}")
+        positions = torch.arange(start, start + count, device=token_ids.device)
+        return self.decode(token_ids, torch.full_like(positions, slot), positions)
+
+    def decode(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """One step: row i puts `tokens[i]` at `positions[i]` of slot `slots[i]`. All int64 [rows].
+
+        Returns float32 logits [rows, vocabulary]. Rows of one slot must have consecutive positions, `cache.slack` + 1 at
+        most; a row's result does not depend on the rows of other slots.
+        """
+        return self._decode_step(tokens, slots, positions)
+
+    def _decode_with_torch(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """`decode` in torch operations of static shapes, without synchronisation. Reads the padded cache: slow, and right."""
+        rotations = {sliding: self.rope.at(positions, sliding=sliding) for sliding in (True, False)}
+        x = self.embed(tokens)
+        for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
+            attend = self._row_attention(cache, slots, positions)
+            x = _block(x, layer, self.weights.shape, rotations[layer.sliding], self._linear, attend)
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self._linear(self.weights.head, rms_norm(x, self.weights.final_norm, self.weights.shape.eps)).float()
+
+    def _history_begin(self, start: int, *, sliding: bool) -> int:
+        """The first position that a chunk's tokens can see."""
+        return max(0, start - self.cache.window + 1) if sliding else 0
+
+    def _chunk_attention(self, cache: LayerCache, slot: int, start: int, mask: Tensor) -> Attend:
+        """Attention of a chunk to what the slot holds and to itself; then the slot holds the chunk too."""
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            key, value = key.transpose(0, 1), value.transpose(0, 1)
+            begin = self._history_begin(start, sliding=cache.sliding)
+            old_keys, old_values = cache.read(slot, begin, start)
+            keys, values = torch.cat((old_keys, key), dim=1), torch.cat((old_values, value), dim=1)
+            out = functional.scaled_dot_product_attention(
+                query.transpose(0, 1)[None], keys[None], values[None],
+                attn_mask=mask, scale=self.weights.shape.attention_scale, enable_gqa=True,
+            )  # fmt: skip
+            cache.write_(slot, start, key, value)
+            return out[0].transpose(0, 1)
+
+        return attend
+
+    def _row_attention(self, cache: LayerCache, slots: Tensor, positions: Tensor) -> Attend:
+        """Attention of rows that each see their own slot up to their own position."""
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            cache.append_(slots, positions, key, value)
+            held = positions[:, None] - (positions[:, None] - torch.arange(cache.length, device=slots.device)) % cache.length
+            seen = (held >= 0) & (held > positions[:, None] - self.cache.window) if cache.sliding else held >= 0
+            out = functional.scaled_dot_product_attention(
+                query[:, :, None], cache.keys[slots], cache.values[slots],
+                attn_mask=seen[:, None, None], scale=self.weights.shape.attention_scale, enable_gqa=True,
+            )  # fmt: skip
+            return out[:, :, 0]
+
+        return attend
+
+
+def _block(x: Tensor, layer: LayerWeights, shape: TextShape, rotation: Rotation, product: Linear, attend: Attend) -> Tensor:
+    """One decoder layer on [tokens, hidden]. attend: query [tokens, heads, head_dim], keys and values alike → like query."""
+    packed = product(layer.qkv, rms_norm(x, layer.input_norm, shape.eps)).view(x.shape[0], -1, shape.head_dim)
+    query, key, value = packed.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+    query = rotate(rms_norm(query, layer.query_norm, shape.eps), *rotation)
+    key = rotate(rms_norm(key, layer.key_norm, shape.eps), *rotation)
+    attended = attend(query, key, value).flatten(1)
+    x = x + rms_norm(product(layer.o, attended), layer.post_attention_norm, shape.eps)
+    gate, up = product(layer.gate_up, rms_norm(x, layer.pre_mlp_norm, shape.eps)).chunk(2, dim=-1)
+    mlp = product(layer.down, functional.gelu(gate, approximate="tanh") * up)
+    return x + rms_norm(mlp, layer.post_mlp_norm, shape.eps)
+
+
+def rms_norm(x: Tensor, factor: Tensor, eps: float) -> Tensor:
+    """x / RMS(x) · factor over the last dimension, computed in float32, in x's dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * factor).to(x.dtype)
+
+
+def _chunk_mask(start: int, end: int, history: int, spans: Sequence[Span], window: int | None, device: torch.device) -> Tensor:
+    """bool [end − start, end − history]: which positions from `history` on each token of the chunk sees.
+
+    Those up to its own, and all of its own picture; in sliding layers none further back than the window.
+    """
+    query = torch.arange(start, end, device=device)[:, None]
+    key = torch.arange(history, end, device=device)[None]
+    seen = key <= query
+    for begin, stop in spans:
+        seen |= (query >= begin) & (query < stop) & (key >= begin) & (key < stop)
+    return seen if window is None else seen & (key > query - window)

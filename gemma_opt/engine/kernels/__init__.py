@@ -1,0 +1,55 @@
+"""Hand-written decode steps, each for one kind of device. Where none fits, the engine runs on torch operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from gemma_opt.engine.cache import KvCache
+from gemma_opt.engine.rope import RopeTables
+from gemma_opt.engine.weights import PackedLinear, TextWeights
+
+
+class DecodeStep(Protocol):
+    """One token for each of some rows, over given weights and cache: what `TextModel.decode` promises."""
+
+    def __call__(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """float32 logits [rows, vocabulary]."""
+        ...
+
+
+class Linear(Protocol):
+    """The product of activations with a packed linear: what `engine.linear.linear` promises."""
+
+    def __call__(self, packed: PackedLinear, x: Tensor) -> Tensor:
+        """x: [rows, in], float. Returns [rows, out] in x's dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a device has for one model. linear: products of many rows, in prefill."""
+
+    decode_step: DecodeStep
+    linear: Linear
+
+
+def find_kernels(weights: TextWeights, cache: KvCache, rope: RopeTables, compile_cache: Path | None = None) -> Kernels | None:
+    """The fastest kernels this machine has for these weights; None: torch operations.
+
+    compile_cache: a checkpoint's folder of that name, with what was measured and compiled for this device, if anything.
+    """
+    if weights.device.type == "cpu":
+        from gemma_opt.engine.kernels.cpu import CpuLinear, find_cpu_step
+
+        step = find_cpu_step(weights, cache, rope)
+        return Kernels(step, CpuLinear(step.library)) if step else None
+    if weights.device.type == "cuda":
+        from gemma_opt.engine.kernels.gpu import find_gpu_kernels
+
+        found = find_gpu_kernels(weights, cache, rope, compile_cache)
+        return Kernels(*found) if found else None
+    return None

@@ -1,0 +1,673 @@
+// One decode step of a Gemma 3 text model on the CPU: every row's next logits in one call.
+//
+// Weights are read once for all rows; activations are float32 whatever the weights are, so int8 and int4 lose nothing but
+// their own rounding. A decode step is bound by memory bandwidth, and the arithmetic here keeps ahead of it.
+//
+// Each output number is summed by one thread in one order, whatever the number of rows and threads: a row's result never
+// depends on its neighbours. Threads share a phase in small pieces, first come first served, and meet at a spinning barrier.
+// Every thread keeps its own copy of the residual stream: norms are cheaper computed twice than waited for.
+//
+// Threads come from the OpenMP runtime the process already has (torch's), so that no second pool competes for the cores.
+
+#include <omp.h>
+#include <sched.h>
+
+#include <atomic>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "simd.hpp"
+
+namespace {
+
+using simd::Bf16;
+using simd::Floats;
+using simd::kLanes;
+
+constexpr int64_t kMaxRows = 16;            // rows of one call
+constexpr int64_t kStrip = 8;               // output rows computed before the next rows of activations
+constexpr int64_t kPieceBytes = 256 << 10;  // most weights a thread takes at a time: some microseconds of memory bandwidth
+constexpr int64_t kPieces = 16;             // of a matrix for each thread, so that none waits long for the last
+constexpr int64_t kAheadBytes = 8 << 10;    // weights are fetched so far before they are used
+constexpr int64_t kPanelBytes = 128 << 10;  // weights that pass over many rows from the second cache
+constexpr int64_t kRowGroup = 64;           // rows of activations a thread takes at a time where there are many
+constexpr int64_t kPairBlock = 32;          // columns whose even and odd members are separated for int4
+constexpr int64_t kNarrow = simd::kAccumulators < 16 ? 0 : 1024;  // columns of which 8 rows fit into the nearest cache
+constexpr int kSpins = 300;  // some microseconds; then the core is offered to whoever else wants it
+
+// The C interface: gemma_opt/engine/kernels/cpu.py mirrors these structures field by field.
+
+enum Format : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
+
+struct Matrix {  // rows of `in` weights, one after another
+  const void* data;
+  const void* scale;  // int8: float32 [out]; int4: bfloat16 [out, in / group]
+  const uint8_t* zero;  // int4: [out, in / group], or null where every zero point is 8
+  int64_t out, in, group;
+  int64_t format;
+};
+
+struct Layer {
+  const float *input_norm, *query_norm, *key_norm, *post_attention_norm, *pre_mlp_norm, *post_mlp_norm;
+  Matrix query, key, value, o, gate, up, down;
+  void *keys, *values;  // [slots, kv_heads, length, head_dim]
+  int64_t length, sliding;
+};
+
+struct Model {
+  int64_t hidden, heads, kv_heads, head_dim, intermediate, window, context, slots, layer_count, bf16_cache;
+  float eps, attention_scale, embedding_scale, unused;
+  const float *sliding_cos, *sliding_sin, *full_cos, *full_sin;  // [context, head_dim / 2]
+  const float* final_norm;
+  Matrix table, head;
+  const Layer* layers;
+};
+
+// Threads of one step
+
+class Team {
+ public:
+  Team(int threads, int64_t phases) : threads_(threads), counters_(phases) {}
+
+  void meet() {
+    const int generation = generation_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(generation + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+      if (spins > kSpins) sched_yield();
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+  // The next piece [begin, begin + grain) of a phase.
+  int64_t take(int64_t phase, int64_t grain) { return counters_[phase].next.fetch_add(grain, std::memory_order_relaxed); }
+
+  int threads() const { return threads_; }
+
+ private:
+  struct alignas(64) Counter {
+    std::atomic<int64_t> next{0};
+  };
+  const int threads_;
+  std::vector<Counter> counters_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> generation_{0};
+};
+
+// Dot products
+
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// out[r][o] = Σ_k x[r][k] · w[o][k], for R rows of activations and O rows of weights, k in steps of 16, then one by one.
+// ahead: how many bytes further on weights are fetched; 0 where another pass has done so.
+template <class T, int R, int O>
+inline void dots(const T* w, const float* x, int64_t n, int64_t ahead, float (&out)[R][O]) {
+  Floats sums[R][O];
+  for (int r = 0; r < R; ++r)
+    for (int o = 0; o < O; ++o) sums[r][o] = simd::splat(0.0f);
+  constexpr int64_t kLine = 64 / sizeof(T);
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) {
+    if (ahead && k % kLine == 0)
+      for (int o = 0; o < O; ++o) fetch(reinterpret_cast<const char*>(w + o * n + k) + ahead);
+    Floats weights[O];
+    for (int o = 0; o < O; ++o) weights[o] = simd::load(w + o * n + k);
+    for (int r = 0; r < R; ++r) {
+      const Floats inputs = simd::load(x + r * n + k);
+      for (int o = 0; o < O; ++o) sums[r][o] = simd::fma(inputs, weights[o], sums[r][o]);
+    }
+  }
+  simd::sums<R * O>(&sums[0][0], &out[0][0]);
+  for (; k < n; ++k)
+    for (int r = 0; r < R; ++r)
+      for (int o = 0; o < O; ++o) out[r][o] += x[r * n + k] * simd::widen(w[o * n + k]);
+}
+
+// How far rows of prepared activations lie apart (see `prepare`).
+inline int64_t input_stride(const Matrix& m) {
+  return m.format == kInt4 ? m.in + (m.in / m.group + kLanes - 1) / kLanes * kLanes : m.in;
+}
+
+// The same for 4-bit weights. x: prepared. Weights count from zero point 8; what other zero points change is one product
+// with the groups' sums: Σ (nibble − zero) · scale · x = Σ (nibble − 8) · scale · x + Σ_groups (8 − zero) · scale · Σ x.
+template <int R, int O>
+inline void dots(const Matrix& m, int64_t first, const float* x, int64_t ahead, float (&out)[R][O]) {
+  const int64_t groups = m.in / m.group, row_bytes = m.in / 2, group_bytes = m.group / 2, stride = input_stride(m);
+  const uint8_t* data = static_cast<const uint8_t*>(m.data) + first * row_bytes;
+  const Bf16* scale = static_cast<const Bf16*>(m.scale) + first * groups;
+  Floats sums[R][O];
+  for (int r = 0; r < R; ++r)
+    for (int o = 0; o < O; ++o) sums[r][o] = simd::splat(0.0f);
+  for (int64_t byte = 0; byte < row_bytes; byte += kLanes) {
+    const int64_t g = byte / group_bytes;
+    const float* inputs = x + 2 * byte;
+    if (ahead && byte % 64 == 0)
+      for (int o = 0; o < O; ++o) fetch(data + o * row_bytes + byte + ahead);
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+      const simd::Nibbles values(scale[o * groups + g]);
+      Floats even, odd;
+      values.expand(data + o * row_bytes + byte, even, odd);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        sums[r][o] = simd::fma(simd::load(inputs + r * stride), even, sums[r][o]);
+        sums[r][o] = simd::fma(simd::load(inputs + r * stride + kLanes), odd, sums[r][o]);
+      }
+    }
+  }
+  // Sixteen groups at a time, the last sixteen overlapping the ones before, whose sums are zero there.
+  const uint8_t* zero = m.zero ? m.zero + first * groups : nullptr;
+  if (zero && groups >= kLanes)
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o)
+      for (int64_t at = 0; at < groups; at += kLanes) {
+        const int64_t g = o * groups + std::min(at, groups - kLanes);
+        const Floats weights = (simd::splat(8.0f) - simd::load(zero + g)) * simd::load(scale + g);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r][o] = simd::fma(weights, simd::load(x + r * stride + m.in + at), sums[r][o]);
+      }
+  simd::sums<R * O>(&sums[0][0], &out[0][0]);
+  if (zero && groups < kLanes)
+    for (int o = 0; o < O; ++o)
+      for (int64_t g = 0; g < groups; ++g) {
+        const float weight = (8.0f - simd::widen(zero[o * groups + g])) * simd::widen(scale[o * groups + g]);
+        for (int r = 0; r < R; ++r) out[r][o] += weight * x[r * stride + m.in + g];
+      }
+}
+
+template <int R, int O>
+inline void dots_of(const Matrix& m, int64_t first, const float* x, int64_t ahead, float (&out)[R][O]) {
+  const int64_t at = first * m.in;
+  switch (m.format) {
+    case kFloat32: return dots<float, R, O>(static_cast<const float*>(m.data) + at, x, m.in, ahead, out);
+    case kBfloat16: return dots<Bf16, R, O>(static_cast<const Bf16*>(m.data) + at, x, m.in, ahead, out);
+    case kInt8: return dots<int8_t, R, O>(static_cast<const int8_t*>(m.data) + at, x, m.in, ahead, out);
+    default: return dots<R, O>(m, first, x, ahead, out);
+  }
+}
+
+// R rows of activations times output rows [first, last), O at a time. y: row stride `stride`.
+template <int R, int O>
+void strip(const Matrix& m, int64_t first, int64_t last, const float* x, float* y, int64_t stride, int64_t ahead) {
+  const float* scale = m.format == kInt8 ? static_cast<const float*>(m.scale) : nullptr;
+  int64_t o = first;
+  for (; o + O <= last; o += O) {
+    float out[R][O];
+    dots_of<R, O>(m, o, x, ahead, out);
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < O; ++i) y[r * stride + o + i] = scale ? out[r][i] * scale[o + i] : out[r][i];
+  }
+  if constexpr (O > 1) {
+    if (o < last) strip<R, 1>(m, o, last, x, y, stride, ahead);
+  }
+}
+
+int64_t row_bytes(const Matrix& m) {
+  return m.format == kFloat32 ? 4 * m.in : m.format == kBfloat16 ? 2 * m.in : m.format == kInt8 ? m.in : m.in / 2;
+}
+
+// y[r][o] = weights[o] · x[r] for output rows [first, last). x: [rows, in], prepared for int4; y: row stride `stride`.
+void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int64_t rows, float* y, int64_t stride) {
+  const int64_t strip_bytes = kStrip * row_bytes(m);
+  const int64_t ahead = (kAheadBytes + strip_bytes - 1) / strip_bytes * strip_bytes;
+  for (int64_t o = first; o < last; o += kStrip) {
+    const int64_t end = std::min(o + kStrip, last);
+    for (int64_t r = 0; r < rows;) {
+      const float* from = x + r * input_stride(m);
+      float* to = y + r * stride;
+      const int64_t fetched = r ? 0 : ahead;
+      const int64_t left = rows - r;
+      if (left >= 8 && m.in <= kNarrow) {
+        strip<8, std::max(1, simd::kAccumulators / 8)>(m, o, end, from, to, stride, fetched), r += 8;
+      } else if (left >= 4) {
+        strip<4, simd::kAccumulators / 4>(m, o, end, from, to, stride, fetched), r += 4;
+      } else if (left >= 2) {
+        strip<2, simd::kAccumulators / 4>(m, o, end, from, to, stride, fetched), r += 2;
+      } else {
+        strip<1, simd::kAccumulators / 2>(m, o, end, from, to, stride, fetched), r += 1;
+      }
+    }
+  }
+}
+
+// Output rows of about that many bytes.
+int64_t rows_of(const Matrix& m, int64_t bytes) { return std::max(kStrip, bytes / row_bytes(m) / kStrip * kStrip); }
+
+// Output rows a thread takes at a time from `width` rows like those of `m`.
+int64_t grain_of(const Matrix& m, int64_t width, int64_t threads) {
+  return rows_of(m, std::min(width * row_bytes(m) / (threads * kPieces), kPieceBytes));
+}
+
+// Elementwise
+
+// out = x / RMS(x) · factor
+void rms_norm(const float* x, const float* factor, int64_t n, float eps, float* out) {
+  Floats squares = simd::splat(0.0f);
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) squares = simd::fma(simd::load(x + k), simd::load(x + k), squares);
+  float total = simd::sum(squares);
+  for (int64_t tail = k; tail < n; ++tail) total += x[tail] * x[tail];
+  const float inverse = 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * inverse * factor[i];
+}
+
+// Rotary embedding of one head, in place.
+void rotate(float* x, const float* cos, const float* sin, int64_t head_dim) {
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = x[i], second = x[i + half];
+    x[i] = first * cos[i] - second * sin[i];
+    x[i + half] = second * cos[i] + first * sin[i];
+  }
+}
+
+// out = gelu(gate) · up, gelu in its tanh form: g · (1 + tanh u) / 2 = g / (1 + e^(−2u)).
+void gated_gelu(const float* gate, const float* up, int64_t n, float* out) {
+  constexpr float kLinear = -2.0f * 0.7978845608028654f, kCubic = kLinear * 0.044715f;
+  auto block = [](const float* g_, const float* u_, float* out_) {
+    const Floats g = simd::load(g_), one = simd::splat(1.0f);
+    const Floats exponent = g * simd::fma(g * g, simd::splat(kCubic), simd::splat(kLinear));
+    simd::store(out_, g / (one + simd::exp(exponent)) * simd::load(u_));
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) block(gate + i, up + i, out + i);
+  if (i < n) {
+    float g[kLanes] = {}, u[kLanes] = {}, result[kLanes];
+    std::copy(gate + i, gate + n, g);
+    std::copy(up + i, up + n, u);
+    block(g, u, result);
+    std::copy(result, result + (n - i), out + i);
+  }
+}
+
+// One row of activations for int4: columns in blocks of 32, first the even ones, then the odd ones, as a byte of two weights
+// holds them; behind them the sum of every group of the matrix, the last sixteen ending with the last.
+void prepare(const Matrix& m, const float* x, float* out) {
+  for (int64_t block = 0; block < m.in; block += kPairBlock)
+    for (int64_t i = 0; i < kLanes; ++i) {
+      out[block + i] = x[block + 2 * i];
+      out[block + kLanes + i] = x[block + 2 * i + 1];
+    }
+  if (!m.zero) return;
+  const int64_t groups = m.in / m.group, overlap = groups < kLanes ? 0 : (kLanes - groups % kLanes) % kLanes;
+  float* sums = out + m.in;
+  for (int64_t g = 0; g < groups; ++g) {
+    Floats sum = simd::splat(0.0f);
+    for (int64_t k = g * m.group; k < (g + 1) * m.group; k += kLanes) sum = sum + simd::load(x + k);
+    sums[g < groups / kLanes * kLanes ? g : g + overlap] = simd::sum(sum);
+  }
+  if (overlap) std::fill_n(sums + groups / kLanes * kLanes, overlap, 0.0f);
+}
+
+// Attention
+
+struct Span {  // indices of a slot's ring, in order of position
+  int64_t begin, end;
+};
+
+// scores[h][i] = query[h] · key of the i-th position, for H heads.
+template <class T, int H>
+void score(const float* query, const T* keys, Span span, int64_t head_dim, float scale, float* scores, int64_t stride) {
+  for (int64_t p = span.begin; p < span.end; ++p) {
+    Floats sums[H];
+    for (int h = 0; h < H; ++h) sums[h] = simd::splat(0.0f);
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      const Floats key = simd::load(keys + p * head_dim + d);
+      for (int h = 0; h < H; ++h) sums[h] = simd::fma(simd::load(query + h * head_dim + d), key, sums[h]);
+    }
+    float dots[H];
+    simd::sums<H>(sums, dots);
+    for (int h = 0; h < H; ++h) scores[h * stride + (p - span.begin)] = dots[h] * scale;
+  }
+}
+
+// Scores → e^(score − maximum); returns the inverse of their sum.
+float soften(float* scores, int64_t n) {
+  float highest = scores[0];
+  for (int64_t i = 1; i < n; ++i) highest = std::max(highest, scores[i]);
+  Floats total = simd::splat(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats weight = simd::exp(simd::load(scores + i) - simd::splat(highest));
+    simd::store(scores + i, weight);
+    total = total + weight;
+  }
+  float rest = 0.0f;
+  if (i < n) {
+    float tail[kLanes] = {};
+    std::copy(scores + i, scores + n, tail);
+    simd::store(tail, simd::exp(simd::load(tail) - simd::splat(highest)));
+    std::copy(tail, tail + (n - i), scores + i);
+    for (int64_t k = i; k < n; ++k) rest += scores[k];
+  }
+  return 1.0f / (simd::sum(total) + rest);
+}
+
+// out[h] += Σ_i weights[h][i] · value of the i-th position, for H heads.
+template <class T, int H>
+void blend(const float* weights, int64_t stride, const T* values, Span span, int64_t head_dim, float* out) {
+  constexpr int kBlocks = 4;  // vectors of one head held in registers
+  for (int64_t d = 0; d < head_dim; d += kBlocks * kLanes) {
+    const int blocks = static_cast<int>(std::min<int64_t>(kBlocks, (head_dim - d) / kLanes));
+    Floats sums[H][kBlocks];
+    for (int h = 0; h < H; ++h)
+      for (int b = 0; b < blocks; ++b) sums[h][b] = simd::load(out + h * head_dim + d + b * kLanes);
+    for (int64_t p = span.begin; p < span.end; ++p) {
+      const T* value = values + p * head_dim + d;
+      for (int h = 0; h < H; ++h) {
+        const Floats weight = simd::splat(weights[h * stride + (p - span.begin)]);
+        for (int b = 0; b < blocks; ++b) sums[h][b] = simd::fma(weight, simd::load(value + b * kLanes), sums[h][b]);
+      }
+    }
+    for (int h = 0; h < H; ++h)
+      for (int b = 0; b < blocks; ++b) simd::store(out + h * head_dim + d + b * kLanes, sums[h][b]);
+  }
+}
+
+// Attention of H query heads that share keys and values. scores: room for H × stride floats; out: [H, head_dim].
+template <class T, int H>
+void attend(const float* query, const T* keys, const T* values, const Span (&spans)[2], int64_t head_dim, float scale,
+            float* scores, int64_t stride, float* out) {
+  const int64_t first = spans[0].end - spans[0].begin, count = first + spans[1].end - spans[1].begin;
+  score<T, H>(query, keys, spans[0], head_dim, scale, scores, stride);
+  score<T, H>(query, keys, spans[1], head_dim, scale, scores + first, stride);
+  float inverse[H];
+  for (int h = 0; h < H; ++h) inverse[h] = soften(scores + h * stride, count);
+  std::fill(out, out + H * head_dim, 0.0f);
+  blend<T, H>(scores, stride, values, spans[0], head_dim, out);
+  blend<T, H>(scores + first, stride, values, spans[1], head_dim, out);
+  for (int h = 0; h < H; ++h)
+    for (int64_t d = 0; d < head_dim; ++d) out[h * head_dim + d] *= inverse[h];
+}
+
+// One thread's part of a step
+
+struct Rows {
+  const int64_t *tokens, *slots, *positions;
+  int64_t count;
+};
+
+// Vectors straddle no cache line: a load across two takes twice as long.
+struct Buffer {
+  explicit Buffer(int64_t size) : data_(static_cast<float*>(::operator new(size * sizeof(float), kLine))) {}
+  float* get() const { return data_.get(); }
+  float& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, kLine); }
+  };
+  std::unique_ptr<float[], Free> data_;
+};
+
+struct Shared {  // activations that threads hand to each other, [rows, width] each
+  Buffer qkv, attended, mixed, gated, down;
+  explicit Shared(const Model& m)
+      : qkv(kMaxRows * (m.heads + 2 * m.kv_heads) * m.head_dim), attended(kMaxRows * m.heads * m.head_dim),
+        mixed(kMaxRows * m.hidden), gated(kMaxRows * m.intermediate), down(kMaxRows * m.hidden) {}
+};
+
+struct Private {
+  Buffer residual, normed, prepared, gate, up, scores;
+  explicit Private(const Model& m)
+      : residual(kMaxRows * m.hidden), normed(kMaxRows * m.hidden),
+        prepared(2 * kMaxRows * std::max({m.hidden, m.intermediate, m.heads * m.head_dim})), gate(kMaxRows * m.intermediate),
+        up(kMaxRows * m.intermediate), scores(m.heads / m.kv_heads * m.context) {}
+};
+
+class Worker {
+ public:
+  Worker(const Model& m, const Rows& rows, Shared& shared, Private& mine, Team& team, float* logits)
+      : m_(m), rows_(rows), shared_(shared), my_(mine), team_(team), logits_(logits) {}
+
+  void run() {
+    for (int64_t r = 0; r < rows_.count; ++r) embed(rows_.tokens[r], &my_.residual[r * m_.hidden]);
+    for (int64_t i = 0; i < m_.layer_count; ++i) {
+      if (m_.bf16_cache) {
+        layer<Bf16>(m_.layers[i]);
+      } else {
+        layer<float>(m_.layers[i]);
+      }
+    }
+    norm(m_.final_norm);
+    const Matrix* head[] = {&m_.head};
+    linear(head, 1, my_.normed.get(), logits_);
+  }
+
+ private:
+  template <class T>
+  void layer(const Layer& l) {
+    const int64_t qkv_width = (m_.heads + 2 * m_.kv_heads) * m_.head_dim;
+    norm(l.input_norm);
+    const Matrix* qkv[] = {&l.query, &l.key, &l.value};
+    linear(qkv, 3, my_.normed.get(), shared_.qkv.get());
+    share(rows_.count * m_.kv_heads, 1, [&](int64_t item, int64_t) { append<T>(l, item / m_.kv_heads, item % m_.kv_heads); });
+    attention<T>(l, qkv_width);
+    const Matrix* o[] = {&l.o};
+    linear(o, 1, shared_.attended.get(), shared_.mixed.get());
+    add(shared_.mixed.get(), l.post_attention_norm);
+    norm(l.pre_mlp_norm);
+    mlp(l);
+    const Matrix* down[] = {&l.down};
+    linear(down, 1, shared_.gated.get(), shared_.down.get());
+    add(shared_.down.get(), l.post_mlp_norm);
+  }
+
+  // A phase: items [0, total) in pieces of `grain`, each for one thread; all threads leave it together.
+  template <class F>
+  void share(int64_t total, int64_t grain, F work) {
+    const int64_t phase = phase_++;
+    for (int64_t begin; (begin = team_.take(phase, grain)) < total;) work(begin, std::min(begin + grain, total));
+    team_.meet();
+  }
+
+  void embed(int64_t token, float* out) const {
+    const Matrix& t = m_.table;
+    const int64_t at = token * t.in;
+    const float scale = t.format == kInt8 ? static_cast<const float*>(t.scale)[token] : 1.0f;
+    for (int64_t i = 0; i < t.in; ++i) {
+      const float value = t.format == kFloat32 ? static_cast<const float*>(t.data)[at + i]
+                          : t.format == kInt8  ? simd::widen(static_cast<const int8_t*>(t.data)[at + i])
+                                               : simd::widen(static_cast<const Bf16*>(t.data)[at + i]);
+      out[i] = value * scale * m_.embedding_scale;
+    }
+  }
+
+  void norm(const float* factor) {
+    for (int64_t r = 0; r < rows_.count; ++r)
+      rms_norm(&my_.residual[r * m_.hidden], factor, m_.hidden, m_.eps, &my_.normed[r * m_.hidden]);
+  }
+
+  // residual += norm(x)
+  void add(const float* x, const float* factor) {
+    for (int64_t r = 0; r < rows_.count; ++r) {
+      rms_norm(x + r * m_.hidden, factor, m_.hidden, m_.eps, my_.normed.get());
+      for (int64_t i = 0; i < m_.hidden; ++i) my_.residual[r * m_.hidden + i] += my_.normed[i];
+    }
+  }
+
+  // The input as a matrix's format wants it.
+  const float* arranged(const Matrix& m, const float* x) {
+    if (m.format != kInt4) return x;
+    for (int64_t r = 0; r < rows_.count; ++r) prepare(m, x + r * m.in, &my_.prepared[r * input_stride(m)]);
+    return my_.prepared.get();
+  }
+
+  // y = x times some matrices, their outputs one after another. x: [rows, in]; y: [rows, all outs].
+  void linear(const Matrix* const* parts, int count, const float* x, float* y) {
+    int64_t width = 0;
+    const float* inputs[3];
+    for (int i = 0; i < count; ++i) {
+      width += parts[i]->out;
+      inputs[i] = arranged(*parts[i], x);
+    }
+    share(width, grain_of(*parts[0], width, team_.threads()), [&](int64_t begin, int64_t end) {
+      int64_t before = 0;
+      for (int i = 0; i < count; before += parts[i]->out, ++i) {
+        const int64_t first = std::max(begin - before, int64_t{0}), last = std::min(end - before, parts[i]->out);
+        if (first < last) multiply(*parts[i], first, last, inputs[i], rows_.count, y + before, width);
+      }
+    });
+  }
+
+  void mlp(const Layer& l) {
+    const int64_t width = l.gate.out;
+    const float* gate_input = arranged(l.gate, my_.normed.get());
+    const float* up_input = arranged(l.up, my_.normed.get());
+    share(width, grain_of(l.gate, width, team_.threads()), [&](int64_t begin, int64_t end) {
+      multiply(l.gate, begin, end, gate_input, rows_.count, my_.gate.get(), width);
+      multiply(l.up, begin, end, up_input, rows_.count, my_.up.get(), width);
+      for (int64_t at = begin, r = 0; r < rows_.count; ++r, at += width)
+        gated_gelu(&my_.gate[at], &my_.up[at], end - begin, &shared_.gated[at]);
+    });
+  }
+
+  const float* cosines(const Layer& l, int64_t row) const {
+    return (l.sliding ? m_.sliding_cos : m_.full_cos) + rows_.positions[row] * m_.head_dim / 2;
+  }
+  const float* sines(const Layer& l, int64_t row) const {
+    return (l.sliding ? m_.sliding_sin : m_.full_sin) + rows_.positions[row] * m_.head_dim / 2;
+  }
+  int64_t cache_offset(const Layer& l, int64_t row, int64_t kv_head) const {
+    return (rows_.slots[row] * m_.kv_heads + kv_head) * l.length * m_.head_dim;
+  }
+
+  static void put(float* to, const float* from, int64_t n) { std::copy(from, from + n, to); }
+  static void put(Bf16* to, const float* from, int64_t n) { std::transform(from, from + n, to, simd::narrow); }
+
+  // Norm and rotate one row's key, and store key and value.
+  template <class T>
+  void append(const Layer& l, int64_t row, int64_t kv_head) {
+    const int64_t d = m_.head_dim;
+    float* key = &shared_.qkv[row * (m_.heads + 2 * m_.kv_heads) * d + (m_.heads + kv_head) * d];
+    rms_norm(key, l.key_norm, d, m_.eps, key);
+    rotate(key, cosines(l, row), sines(l, row), d);
+    const int64_t at = cache_offset(l, row, kv_head) + rows_.positions[row] % l.length * d;
+    put(static_cast<T*>(l.keys) + at, key, d);
+    put(static_cast<T*>(l.values) + at, key + m_.kv_heads * d, d);
+  }
+
+  // Heads that share keys and values go together, unless that would leave threads without work.
+  template <class T>
+  void attention(const Layer& l, int64_t qkv_width) {
+    const int64_t group = m_.heads / m_.kv_heads, d = m_.head_dim;
+    int64_t together = group;
+    while (together % 2 == 0 && rows_.count * m_.heads / together < team_.threads()) together /= 2;
+    share(rows_.count * m_.heads / together, 1, [&](int64_t item, int64_t) {
+      const int64_t row = item * together / m_.heads, first = item * together % m_.heads;
+      float* query = &shared_.qkv[row * qkv_width + first * d];
+      for (int64_t h = 0; h < together; ++h) {
+        rms_norm(query + h * d, l.query_norm, d, m_.eps, query + h * d);
+        rotate(query + h * d, cosines(l, row), sines(l, row), d);
+      }
+      const int64_t at = cache_offset(l, row, first / group);
+      const T *keys = static_cast<const T*>(l.keys) + at, *values = static_cast<const T*>(l.values) + at;
+      float* out = &shared_.attended[row * m_.heads * d + first * d];
+      Span spans[2];
+      visible(l, rows_.positions[row], spans);
+      for (int64_t h = 0; h < together;) {
+        const int64_t left = together - h;
+        auto go = [&](auto heads) {
+          constexpr int H = decltype(heads)::value;
+          attend<T, H>(query + h * d, keys, values, spans, d, m_.attention_scale, my_.scores.get(), m_.context, out + h * d);
+          h += H;
+        };
+        if (left >= 4) {
+          go(std::integral_constant<int, 4>{});
+        } else if (left >= 2) {
+          go(std::integral_constant<int, 2>{});
+        } else {
+          go(std::integral_constant<int, 1>{});
+        }
+      }
+    });
+  }
+
+  // Where the positions a row sees lie in its ring: one span, or two where the ring goes round.
+  void visible(const Layer& l, int64_t position, Span (&spans)[2]) const {
+    const int64_t oldest = l.sliding ? std::max<int64_t>(0, position - m_.window + 1) : 0;
+    const int64_t begin = oldest % l.length, count = position + 1 - oldest;
+    const int64_t straight = std::min(count, l.length - begin);
+    spans[0] = {begin, begin + straight};
+    spans[1] = {0, count - straight};
+  }
+
+  const Model& m_;
+  const Rows& rows_;
+  Shared& shared_;
+  Private& my_;
+  Team& team_;
+  float* logits_;
+  int64_t phase_ = 0;
+};
+
+struct Step {
+  Model model;
+  std::vector<Layer> layers;
+  Shared shared;
+  std::vector<std::unique_ptr<Private>> privates;
+
+  Step(const Model& m, int threads) : model(m), layers(m.layers, m.layers + m.layer_count), shared(m) {
+    model.layers = layers.data();
+    for (int i = 0; i < threads; ++i) privates.push_back(std::make_unique<Private>(m));
+  }
+};
+
+constexpr int64_t kPhasesPerLayer = 6;
+
+}  // namespace
+
+extern "C" {
+
+int64_t gemma_max_rows() { return kMaxRows; }
+
+// One matrix alone: y [rows, out] = x [rows, in] · weightsᵀ, for any number of rows. x starts at a multiple of 64 bytes.
+void gemma_multiply(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
+  // A panel of weights stays in the second cache while blocks of rows, which stay in the first, pass by.
+  const int64_t grain = rows > kMaxRows ? rows_of(*m, kPanelBytes) : grain_of(*m, m->out, threads);
+  const int64_t block = m->in <= kNarrow ? 8 : 4;
+  const int64_t stride = input_stride(*m);
+  std::unique_ptr<Buffer> prepared;
+  if (m->format == kInt4) prepared = std::make_unique<Buffer>(rows * stride);
+  const float* inputs = prepared ? prepared->get() : x;
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  {
+    if (prepared) {
+#pragma omp for
+      for (int64_t r = 0; r < rows; ++r) prepare(*m, x + r * m->in, &(*prepared)[r * stride]);
+    }
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int64_t first = 0; first < m->out; first += grain)
+      for (int64_t group = 0; group < rows; group += kRowGroup)
+        for (int64_t r = group; r < std::min(group + kRowGroup, rows); r += block)
+          multiply(*m, first, std::min(first + grain, m->out), inputs + r * stride, std::min(block, rows - r), y + r * m->out, m->out);
+  }
+}
+
+// A step over one model and cache, which the caller keeps alive. Not to be used by two threads at once.
+void* gemma_step_new(const Model* model, int64_t threads) { return new Step(*model, static_cast<int>(threads)); }
+
+void gemma_step_free(void* step) { delete static_cast<Step*>(step); }
+
+// tokens, slots, positions: [rows], checked by the caller; logits: float32 [rows, vocabulary].
+void gemma_step_run(void* step_, const int64_t* tokens, const int64_t* slots, const int64_t* positions, int64_t rows,
+                    float* logits) {
+  Step& step = *static_cast<Step*>(step_);
+  const Rows these{tokens, slots, positions, rows};
+  std::unique_ptr<Team> team;
+#pragma omp parallel num_threads(static_cast<int>(step.privates.size()))
+  {
+#pragma omp single
+    team = std::make_unique<Team>(omp_get_num_threads(), kPhasesPerLayer * step.model.layer_count + 1);
+    Worker(step.model, these, step.shared, *step.privates[omp_get_thread_num()], *team, logits).run();
+  }
+}
+
+}  // extern "C"

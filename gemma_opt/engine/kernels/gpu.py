@@ -1,0 +1,88 @@
+"""Which kernels a GPU gets: those in Triton, if it is there and they know the weights, with the blocks measured for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from gemma_opt.engine.cache import KvCache
+from gemma_opt.engine.rope import RopeTables
+from gemma_opt.engine.weights import TextWeights
+
+if TYPE_CHECKING:  # importing them needs Triton
+    from gemma_opt.engine.kernels.triton_decode import TritonDecode
+    from gemma_opt.engine.kernels.triton_matrices import TritonLinear
+
+log = logging.getLogger(__name__)
+
+OLDEST = (8, 0)  # compute capability: the first with bfloat16 on its matrix units
+
+
+def find_gpu_kernels(
+    weights: TextWeights, cache: KvCache, rope: RopeTables, compile_cache: Path | None
+) -> tuple[TritonDecode, TritonLinear] | None:
+    """The decode step and prefill's products; None, with a line in the log, where torch operations must do.
+
+    compile_cache: holds the blocks that `tune` measured for this device, and the kernels compiled for it; without them a
+    rule decides about blocks, and the first steps compile.
+    """
+    if importlib.util.find_spec("triton") is None:
+        log.warning("decoding with torch operations, slowly: Triton is not installed")
+        return None
+    if torch.cuda.get_device_capability(weights.device) < OLDEST:
+        log.warning("decoding with torch operations, slowly: the kernels need a GPU of compute capability 8.0")
+        return None
+    from gemma_opt.engine.kernels.triton_compiled import install_compiled
+    from gemma_opt.engine.kernels.triton_decode import TritonDecode
+    from gemma_opt.engine.kernels.triton_matrices import TritonLinear, Unsupported
+    from gemma_opt.engine.kernels.triton_tuning import Tuning
+
+    if compile_cache:
+        log.info("kernels that came with the checkpoint: %d", install_compiled(compile_cache))
+    tuning = Tuning.load(compile_cache, weights.dtype)
+    log.info("kernel blocks: %s", "measured for this GPU" if tuning.measured else "by the rule, not measured for this GPU")
+    try:
+        step = TritonDecode(weights, cache, rope, tuning)
+    except Unsupported as reason:
+        log.warning("decoding with torch operations, slowly: no GPU kernel for %s", reason)
+        return None
+    linear = TritonLinear(tuning)
+    linear.warm_up(weights)
+    return step, linear
+
+
+@contextmanager
+def keeping_compiled(compile_cache: Path) -> Generator[list[dict[str, str]]]:
+    """Collect the kernels used meanwhile in `compile_cache`; see `keep_compiled`. Nothing without a GPU or Triton."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield []
+        return
+    from gemma_opt.engine.kernels.triton_compiled import keep_compiled
+
+    with keep_compiled(compile_cache) as kernels:
+        yield kernels
+
+
+def tune(weights: TextWeights, compile_cache: Path) -> None:
+    """Measure the best blocks for every kind of matrix of these weights and write them down for this GPU; about a minute.
+
+    Nothing happens on a CPU, without Triton, or for formats that have no kernel.
+    """
+    if weights.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return
+    from gemma_opt.engine.kernels.triton_matrices import Unsupported, uses_of
+    from gemma_opt.engine.kernels.triton_tuning import Tuning
+
+    tuning = Tuning.load(compile_cache, weights.dtype)
+    try:
+        uses = uses_of(weights)
+    except Unsupported:
+        return
+    if tuning.measure(uses):
+        tuning.save(compile_cache)

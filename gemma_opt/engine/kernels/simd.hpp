@@ -1,0 +1,260 @@
+// Sixteen floats at a time, three ways: AVX-512, AVX2 with FMA, or plain loops that any C++ compiler can vectorise.
+// Every operation rounds lane by lane alike on all three; only sums over lanes may be added in another order.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#include <immintrin.h>
+#endif
+
+namespace simd {
+
+constexpr int64_t kLanes = 16;
+
+struct Bf16 {  // a float's upper half
+  uint16_t bits;
+};
+
+inline float widen(float value) { return value; }
+inline float widen(int8_t value) { return static_cast<float>(value); }
+inline float widen(uint8_t value) { return static_cast<float>(value); }
+inline float widen(Bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline Bf16 narrow(float value) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+#if defined(__AVX512F__)
+
+constexpr int kAccumulators = 16;  // sums kept in registers at once, beside what is multiplied
+
+struct Floats {
+  __m512 v;
+};
+inline Floats splat(float x) { return {_mm512_set1_ps(x)}; }
+inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Floats load(const Bf16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+inline Floats load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline Floats load(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
+inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats clamp(Floats a, float low, float high) {
+  return {_mm512_min_ps(_mm512_max_ps(a.v, _mm512_set1_ps(low)), _mm512_set1_ps(high))};
+}
+inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Floats times_power_of_two(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline void sums4(const Floats* a, float* out) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(abcd), 1));
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(abcd), upper);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
+}
+
+// The sixteen values of a 4-bit weight with zero point 8 and this scale.
+struct Nibbles {
+  __m512 values;
+  explicit Nibbles(Bf16 scale) {
+    const __m512i wide = _mm512_slli_epi32(_mm512_set1_epi16(static_cast<short>(scale.bits)), 16);
+    const __m512 steps = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    values = _mm512_mul_ps(steps, _mm512_castsi512_ps(wide));
+  }
+  // 16 bytes → the low nibbles' values and the high nibbles'. The permutation reads the lowest four bits of each index.
+  void expand(const uint8_t* p, Floats& low, Floats& high) const {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    low.v = _mm512_permutexvar_ps(bytes, values);
+    high.v = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values);
+  }
+};
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+constexpr int kAccumulators = 8;
+
+struct Floats {
+  __m256 a, b;
+};
+inline Floats splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline __m256 widen8(const Bf16* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline Floats load(const Bf16* p) { return {widen8(p), widen8(p + 8)}; }
+inline Floats load(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+inline Floats load(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+inline void store(float* p, Floats x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+inline Floats operator+(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline Floats operator-(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline Floats operator*(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline Floats operator/(Floats x, Floats y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline Floats fma(Floats x, Floats y, Floats z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline Floats clamp(Floats x, float low, float high) {
+  const __m256 bottom = _mm256_set1_ps(low), top = _mm256_set1_ps(high);
+  return {_mm256_min_ps(_mm256_max_ps(x.a, bottom), top), _mm256_min_ps(_mm256_max_ps(x.b, bottom), top)};
+}
+inline Floats round(Floats x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, kNearest), _mm256_round_ps(x.b, kNearest)};
+}
+inline __m256 power_of_two(__m256 n) {  // n from −126 to 127
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline Floats times_power_of_two(Floats x, Floats n) {
+  return {_mm256_mul_ps(x.a, power_of_two(n.a)), _mm256_mul_ps(x.b, power_of_two(n.b))};
+}
+inline void sums4(const Floats* x, float* out) {
+  __m256 eight[4];
+  for (int i = 0; i < 4; ++i) eight[i] = _mm256_add_ps(x[i].a, x[i].b);
+  const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(eight[0], eight[1]), _mm256_hadd_ps(eight[2], eight[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+}
+
+struct Nibbles {
+  __m256 scale;
+  explicit Nibbles(Bf16 scale_) : scale(_mm256_set1_ps(widen(scale_))) {}
+  Floats widened(__m128i nibbles) const {
+    const __m128i steps = _mm_sub_epi8(nibbles, _mm_set1_epi8(8));
+    return {_mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(steps)), scale),
+            _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(steps, 8))), scale)};
+  }
+  void expand(const uint8_t* p, Floats& low, Floats& high) const {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15);
+    low = widened(_mm_and_si128(bytes, mask));
+    high = widened(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask));
+  }
+};
+
+#else
+
+constexpr int kAccumulators = 8;
+
+struct Floats {
+  float v[kLanes];
+};
+template <class F>
+inline Floats each(F f) {
+  Floats out;
+  for (int i = 0; i < kLanes; ++i) out.v[i] = f(i);
+  return out;
+}
+inline Floats splat(float x) {
+  return each([&](int) { return x; });
+}
+template <class T>
+inline Floats load(const T* p) {
+  return each([&](int i) { return widen(p[i]); });
+}
+inline void store(float* p, Floats a) { std::memcpy(p, a.v, sizeof a.v); }
+inline Floats operator+(Floats a, Floats b) {
+  return each([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Floats operator-(Floats a, Floats b) {
+  return each([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Floats operator*(Floats a, Floats b) {
+  return each([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline Floats operator/(Floats a, Floats b) {
+  return each([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline Floats fma(Floats a, Floats b, Floats c) {  // two roundings where the machine has no fused operation
+  return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+inline Floats clamp(Floats a, float low, float high) {
+  return each([&](int i) { return std::min(std::max(a.v[i], low), high); });
+}
+inline Floats round(Floats a) {
+  return each([&](int i) { return std::nearbyint(a.v[i]); });
+}
+inline Floats times_power_of_two(Floats a, Floats n) {
+  return each([&](int i) { return std::ldexp(a.v[i], static_cast<int>(n.v[i])); });
+}
+inline void sums4(const Floats* a, float* out) {
+  for (int i = 0; i < 4; ++i) {
+    Floats x = a[i];
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int lane = 0; lane < width; ++lane) x.v[lane] += x.v[lane + width];
+    out[i] = x.v[0];
+  }
+}
+
+struct Nibbles {
+  float scale;
+  explicit Nibbles(Bf16 scale_) : scale(widen(scale_)) {}
+  void expand(const uint8_t* p, Floats& low, Floats& high) const {
+    low = each([&](int i) { return static_cast<float>((p[i] & 15) - 8) * scale; });
+    high = each([&](int i) { return static_cast<float>((p[i] >> 4) - 8) * scale; });
+  }
+};
+
+#endif
+
+// The sums over lanes of `n` vectors, each added in the same order wherever it stands.
+template <int n>
+inline void sums(const Floats* a, float* out) {
+  for (int i = 0; i + 4 <= n; i += 4) sums4(a + i, out + i);
+  constexpr int left = n % 4;
+  if constexpr (left > 0) {
+    Floats padded[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+    float four[4];
+    for (int i = 0; i < left; ++i) padded[i] = a[n - left + i];
+    sums4(padded, four);
+    for (int i = 0; i < left; ++i) out[n - left + i] = four[i];
+  }
+}
+inline float sum(Floats a) {
+  float out;
+  sums<1>(&a, &out);
+  return out;
+}
+
+// e^x to about one unit in the last place, from 1e-38 to 3e38; beyond, the bound. Coefficients: Cephes' expf (Moshier).
+inline Floats exp(Floats x) {
+  x = clamp(x, -87.3f, 88.3f);
+  const Floats n = round(x * splat(1.44269504088896341f));
+  const Floats r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));  // ln 2 in two parts
+  Floats p = splat(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = fma(p, r, splat(c));
+  return times_power_of_two(fma(p, r * r, r + splat(1.0f)), n);
+}
+
+}  // namespace simd

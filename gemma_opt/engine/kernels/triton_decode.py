@@ -1,0 +1,119 @@
+"""The decode step on a GPU: Triton kernels over the packed weights and the static cache, in buffers allocated once.
+
+A layer is nine launches: qkv; norm, rope, store; attention, its join; o; add and norm; gate, up and GELU; down; add and norm.
+Nothing is allocated and nothing waits for the host, so the step can be captured in a CUDA graph, and a row's logits do not
+depend on the other rows (up to 16 of them). Runs on the CPU too under Triton's interpreter (TRITON_INTERPRET=1): for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma_opt.engine.cache import KvCache, LayerCache
+from gemma_opt.engine.kernels import triton_attention
+from gemma_opt.engine.kernels.triton_layer import add_norm, embed, place_qkv
+from gemma_opt.engine.kernels.triton_linear import Matrix, multiply
+from gemma_opt.engine.kernels.triton_matrices import matrix_of, uses_of
+from gemma_opt.engine.kernels.triton_tuning import Tuning
+from gemma_opt.engine.rope import RopeTables
+from gemma_opt.engine.weights import Int8Rows, LayerWeights, TextWeights
+
+
+class TritonDecode:
+    """A `DecodeStep` over given weights and cache.
+
+    rows: the most a call may have; by default what the cache's slots and slack allow. The logits returned lie in a buffer
+    that the next call overwrites. Raises Unsupported for formats that have no kernel.
+    """
+
+    def __init__(
+        self, weights: TextWeights, cache: KvCache, rope: RopeTables, tuning: Tuning, *, rows: int | None = None
+    ) -> None:
+        self._weights, self._cache, self._rope, self._tuning = weights, cache, rope, tuning
+        self._rows = rows or cache.slots * (cache.slack + 1)
+        self._layers = tuple(_Matrices(layer) for layer in weights.layers)
+        self._head = matrix_of(weights.head)
+        self._buffers = _Buffers(weights, uses_of(weights), tuning, self._rows)
+
+    def __call__(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """float32 logits [rows, vocabulary]. tokens, slots, positions: int64 [rows]."""
+        rows = tokens.shape[0]
+        if rows > self._rows:
+            raise ValueError(f"{rows} rows, and the buffers were made for {self._rows}")
+        weights, buffers = self._weights, self._buffers
+        residual, normed = buffers.residual[:rows], buffers.normed[:rows]
+        scale = weights.table.scale if isinstance(weights.table, Int8Rows) else None
+        embed(
+            tokens, weights.table.weight, scale, weights.layers[0].input_norm, residual, normed,
+            embedding_scale=weights.shape.embedding_scale, eps=weights.shape.eps,
+        )  # fmt: skip
+        next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.final_norm]
+        for layer, matrices, cache, next_norm in zip(weights.layers, self._layers, self._cache.layers, next_norms, strict=True):
+            attended = self._attention(layer, matrices, cache, normed, slots, positions)
+            self._add_norm(
+                self._multiply(matrices.o, attended), layer.post_attention_norm, residual, layer.pre_mlp_norm, normed
+            )
+            mixed = self._multiply(matrices.gate_up, normed, gated=True)[0]
+            self._add_norm(self._multiply(matrices.down, mixed), layer.post_mlp_norm, residual, next_norm, normed)
+        return self._multiply(self._head, normed)[0]
+
+    def _attention(
+        self, layer: LayerWeights, matrices: _Matrices, cache: LayerCache, normed: Tensor, slots: Tensor, positions: Tensor
+    ) -> Tensor:
+        """What the heads read: [rows, heads · head_dim]. The rows' keys and values are in the cache then."""
+        buffers, shape, rows = self._buffers, self._weights.shape, normed.shape[0]
+        query, out = buffers.query[:rows], buffers.attended[:rows]
+        cos, sin = self._rope.sliding if layer.sliding else self._rope.full
+        place_qkv(
+            self._multiply(matrices.qkv, normed), slots, positions, layer.query_norm, layer.key_norm, cos, sin,
+            query, cache.keys, cache.values, eps=shape.eps,
+        )  # fmt: skip
+        triton_attention.attend(
+            query, slots, positions, cache.keys, cache.values, out, buffers.scratch,
+            scale=shape.attention_scale, window=shape.window if layer.sliding else None,
+        )  # fmt: skip
+        return out
+
+    def _add_norm(self, partial: Tensor, post_norm: Tensor, residual: Tensor, next_norm: Tensor, normed: Tensor) -> None:
+        add_norm(partial, post_norm, residual, next_norm, normed, eps=self._weights.shape.eps)
+
+    def _multiply(self, matrix: Matrix, x: Tensor, *, gated: bool = False) -> Tensor:
+        """Partial results [splits, rows, out] (gated: [1, rows, out / 2]), valid until the next product."""
+        blocks = self._tuning.blocks(matrix, gated=gated)
+        out = self._buffers.product(matrix, blocks.splits, x.shape[0], gated=gated)
+        multiply(matrix, x, out, blocks, gated=gated)
+        return out
+
+
+class _Matrices:
+    """One layer's matrices as the kernels read them."""
+
+    def __init__(self, layer: LayerWeights) -> None:
+        self.qkv, self.o = matrix_of(layer.qkv), matrix_of(layer.o)
+        self.gate_up, self.down = matrix_of(layer.gate_up), matrix_of(layer.down)
+
+
+class _Buffers:
+    """Every intermediate of a step, for up to `rows` rows. One buffer serves all partial results: each is read at once."""
+
+    def __init__(self, weights: TextWeights, uses: list[tuple[Matrix, bool]], tuning: Tuning, rows: int) -> None:
+        shape, dtype, device = weights.shape, weights.dtype, weights.device
+
+        def empty(*sizes: int, like: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(sizes, dtype=like, device=device)
+
+        self.residual = empty(rows, shape.hidden, like=dtype)
+        self.normed = empty(rows, shape.hidden, like=dtype)
+        self.query = empty(rows, shape.heads, shape.head_dim, like=dtype)
+        self.attended = empty(rows, shape.heads * shape.head_dim, like=dtype)
+        self.scratch = triton_attention.Scratch.empty(rows, shape.heads, shape.head_dim, device)
+        self._gated = empty(rows * max(matrix.out_features // 2 for matrix, gated in uses if gated), like=dtype)
+        widths = (matrix.out_features * tuning.blocks(matrix).splits for matrix, gated in uses if not gated)
+        self._partial = empty(rows * max(widths))
+
+    def product(self, matrix: Matrix, splits: int, rows: int, *, gated: bool) -> Tensor:
+        """Where a product goes: [splits, rows, out] float32; gated: [1, rows, out / 2] in the activations' dtype."""
+        width = matrix.out_features // 2 if gated else matrix.out_features
+        flat = self._gated if gated else self._partial
+        return flat[: splits * rows * width].view(splits, rows, width)

@@ -1,0 +1,134 @@
+# pyright: basic, reportCallIssue=false
+# Kernel bodies are Triton's language in Python's clothes, and launches take options that no signature shows.
+"""What stands between the matrices of a decoder layer, one row of activations a program.
+
+`multiply` leaves partial results; the kernels here add them in order, so a split matrix costs no launch of its own. Where
+separate modules would round to the activations' dtype, these round too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _embed_kernel(tokens, table, scale, norm, residual, normed, eps, embedding_scale, hidden: tl.constexpr,
+                  has_scale: tl.constexpr, block: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
+    token = tl.load(tokens + row)
+    d = tl.arange(0, block)
+    inside = d < hidden
+    x = tl.load(table + token * hidden + d, mask=inside, other=0.0).to(tl.float32)
+    if has_scale:
+        x = (x * tl.load(scale + token)).to(residual.dtype.element_ty).to(tl.float32)
+    x = (x * embedding_scale).to(residual.dtype.element_ty)
+    tl.store(residual + row * hidden + d, x, mask=inside)
+    _store_normed(x, norm, normed, row, d, inside, eps, hidden)
+
+
+@triton.jit
+def _add_norm_kernel(partial, rows, post_norm, residual, next_norm, normed, eps, splits: tl.constexpr, hidden: tl.constexpr,
+                     block: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
+    d = tl.arange(0, block)
+    inside = d < hidden
+    total = tl.zeros((block,), tl.float32)
+    for split in tl.static_range(splits):
+        total += tl.load(partial + (split * rows + row) * hidden + d, mask=inside, other=0.0)
+    y = total.to(residual.dtype.element_ty).to(tl.float32)
+    y = y * tl.rsqrt(tl.sum(y * y, 0) / hidden + eps) * tl.load(post_norm + d, mask=inside, other=0.0)
+    y = y.to(residual.dtype.element_ty).to(tl.float32)
+    x = tl.load(residual + row * hidden + d, mask=inside, other=0.0).to(tl.float32)
+    x = (x + y).to(residual.dtype.element_ty)
+    tl.store(residual + row * hidden + d, x, mask=inside)
+    _store_normed(x, next_norm, normed, row, d, inside, eps, hidden)
+
+
+@triton.jit
+def _store_normed(x, norm, normed, row, d, inside, eps, hidden: tl.constexpr):
+    x = x.to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / hidden + eps) * tl.load(norm + d, mask=inside, other=0.0)
+    tl.store(normed + row * hidden + d, x.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _place_qkv_kernel(partial, rows, slots, positions, query_norm, key_norm, cos, sin, query, keys, values, eps,
+                      splits: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr,
+                      length: tl.constexpr, block: tl.constexpr):  # fmt: skip
+    """One head of one row: query heads first, then key heads, then value heads."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    half: tl.constexpr = head_dim // 2
+    d = tl.arange(0, block)
+    inside = d < half
+    low = tl.zeros((block,), tl.float32)
+    high = tl.zeros((block,), tl.float32)
+    for split in tl.static_range(splits):
+        at = partial + ((split * rows + row) * (heads + 2 * kv_heads) + head) * head_dim + d
+        low += tl.load(at, mask=inside, other=0.0)
+        high += tl.load(at + half, mask=inside, other=0.0)
+    low = low.to(query.dtype.element_ty).to(tl.float32)
+    high = high.to(query.dtype.element_ty).to(tl.float32)
+    is_query, is_value = head < heads, head >= heads + kv_heads
+    is_key = (head >= heads) & (head < heads + kv_heads)
+    norm_low = tl.load(query_norm + d, mask=inside & is_query, other=0.0) + tl.load(
+        key_norm + d, mask=inside & is_key, other=0.0
+    )
+    norm_high = tl.load(query_norm + half + d, mask=inside & is_query, other=0.0) + tl.load(
+        key_norm + half + d, mask=inside & is_key, other=0.0
+    )
+    factor = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / head_dim + eps)
+    first = (low * factor * norm_low).to(query.dtype.element_ty).to(tl.float32)
+    second = (high * factor * norm_high).to(query.dtype.element_ty).to(tl.float32)
+    position = tl.load(positions + row)
+    c = tl.load(cos + position * half + d, mask=inside, other=0.0)
+    s = tl.load(sin + position * half + d, mask=inside, other=0.0)
+    low = tl.where(is_value, low, first * c - second * s).to(query.dtype.element_ty)
+    high = tl.where(is_value, high, second * c + first * s).to(query.dtype.element_ty)
+    at = query + (row * heads + head) * head_dim + d
+    tl.store(at, low, mask=inside & is_query)
+    tl.store(at + half, high, mask=inside & is_query)
+    place = (tl.load(slots + row) * kv_heads * length + position % length) * head_dim + d
+    at = keys + place + (head - heads) * length * head_dim
+    tl.store(at, low, mask=inside & is_key)
+    tl.store(at + half, high, mask=inside & is_key)
+    at = values + place + (head - heads - kv_heads) * length * head_dim
+    tl.store(at, low, mask=inside & is_value)
+    tl.store(at + half, high, mask=inside & is_value)
+
+
+def embed(tokens: Tensor, table: Tensor, scale: Tensor | None, norm: Tensor, residual: Tensor, normed: Tensor,
+          *, embedding_scale: float, eps: float) -> None:  # fmt: skip
+    """residual [rows, hidden] becomes the scaled embeddings of tokens [rows], normed their RMSNorm with `norm`."""
+    rows, hidden = residual.shape
+    _embed_kernel[(rows,)](
+        tokens, table, table if scale is None else scale, norm, residual, normed, eps, embedding_scale,
+        hidden=hidden, has_scale=scale is not None, block=triton.next_power_of_2(hidden), num_warps=8,
+    )  # fmt: skip
+
+
+def add_norm(partial: Tensor, post_norm: Tensor, residual: Tensor, next_norm: Tensor, normed: Tensor, *, eps: float) -> None:
+    """residual [rows, hidden] += RMSNorm(sum of partial [splits, rows, hidden]); normed becomes the next module's input."""
+    splits, rows, hidden = partial.shape
+    _add_norm_kernel[(rows,)](
+        partial, rows, post_norm, residual, next_norm, normed, eps,
+        splits=splits, hidden=hidden, block=triton.next_power_of_2(hidden), num_warps=8,
+    )  # fmt: skip
+
+
+def place_qkv(partial: Tensor, slots: Tensor, positions: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor,
+              sin: Tensor, query: Tensor, keys: Tensor, values: Tensor, *, eps: float) -> None:  # fmt: skip
+    """Norm and rotate queries and keys; queries go to query [rows, heads, head_dim], keys and values into the cache.
+
+    partial: [splits, rows, (heads + 2 · kv_heads) · head_dim]. keys, values: [slots, kv_heads, length, head_dim], written
+    at position modulo length. cos, sin: float32 [positions, head_dim / 2]. slots, positions: int64 [rows].
+    """
+    splits, rows, _ = partial.shape
+    _, heads, head_dim = query.shape
+    _, kv_heads, length, _ = keys.shape
+    _place_qkv_kernel[(rows, heads + 2 * kv_heads)](
+        partial, rows, slots, positions, query_norm, key_norm, cos, sin, query, keys, values, eps,
+        splits=splits, heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=length,
+        block=triton.next_power_of_2(head_dim // 2), num_warps=1,
+    )  # fmt: skip

@@ -1,0 +1,136 @@
+"""Which blocks each matrix is cut into: measured once on the GPU at hand, kept in a file beside the compile cache.
+
+The choice knows the matrix and never the number of rows, or results would change with the batch. A file serves exactly the
+torch, Triton and GPU it was made with. Without one, and without a measurement, a rule gives sound blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import triton
+
+from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, multiply
+
+log = logging.getLogger(__name__)
+
+CANDIDATES = tuple(
+    Blocks(outputs, inputs, splits, warps, stages)
+    for outputs, inputs, warps, stages in (
+        (16, 256, 2, 4), (16, 512, 4, 4), (32, 128, 2, 5), (32, 256, 4, 4), (64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 4),
+        (128, 128, 8, 4),
+    )
+    for splits in (1, 2, 4)
+)  # fmt: skip
+ENOUGH_PROGRAMS = 264  # two for each multiprocessor of the largest GPU: fewer leave bandwidth unused
+ROUNDS = 5
+
+
+class Tuning:
+    """Blocks by matrix and dtype of activations."""
+
+    def __init__(self, dtype: torch.dtype, chosen: dict[str, Blocks] | None = None) -> None:
+        self._dtype = dtype
+        self._chosen = dict(chosen or {})
+
+    @property
+    def measured(self) -> bool:
+        """Whether any blocks were measured."""
+        return bool(self._chosen)
+
+    def blocks(self, matrix: Matrix, *, gated: bool = False) -> Blocks:
+        """The measured blocks, or those of the rule."""
+        return self._chosen.get(self._key(matrix, gated)) or default_blocks(matrix, gated=gated)
+
+    def measure(self, uses: Sequence[tuple[Matrix, bool]]) -> int:
+        """Time every candidate on the matrices of each kind that has no blocks yet; returns how many kinds that were.
+
+        uses: matrices and whether their product is gated. A kind is timed over all its matrices in turn, as a decode step
+        reads them: one alone would come out of the L2 cache. Needs a GPU and some seconds a kind.
+        """
+        kinds: dict[str, list[tuple[Matrix, bool]]] = {}
+        for matrix, gated in uses:
+            kinds.setdefault(self._key(matrix, gated), []).append((matrix, gated))
+        missing = {key: alike for key, alike in kinds.items() if key not in self._chosen}
+        for key, alike in missing.items():
+            self._chosen[key] = self._fastest([matrix for matrix, _ in alike], gated=alike[0][1])
+            log.info("blocks of %s: %s", key, self._chosen[key])
+        return len(missing)
+
+    def save(self, folder: Path) -> None:
+        """Write the choices for this torch, Triton and GPU."""
+        folder.mkdir(exist_ok=True)
+        choices = {key: asdict(blocks) for key, blocks in sorted(self._chosen.items())}
+        (folder / file_name()).write_text(json.dumps(choices, indent=1) + "\n", "utf-8")
+
+    @staticmethod
+    def load(folder: Path | None, dtype: torch.dtype) -> Tuning:
+        """The choices made for exactly this torch, Triton and GPU; none if there is no such file."""
+        file = folder / file_name() if folder else None
+        if file is None or not file.is_file():
+            return Tuning(dtype)
+        return Tuning(dtype, {key: Blocks(**value) for key, value in json.loads(file.read_text("utf-8")).items()})
+
+    def _fastest(self, matrices: Sequence[Matrix], *, gated: bool) -> Blocks:
+        timings = {
+            blocks: self._time(matrices, blocks, gated=gated) for blocks in CANDIDATES if not (gated and blocks.splits > 1)
+        }
+        return min(timings, key=lambda blocks: timings[blocks])
+
+    def _time(self, matrices: Sequence[Matrix], blocks: Blocks, *, gated: bool) -> float:
+        """Seconds of one row through all the matrices; infinite for blocks that the GPU cannot hold."""
+        first = matrices[0]
+        x = torch.randn(1, first.in_features, device=first.weight.device).to(self._dtype)
+        width = first.out_features // 2 if gated else first.out_features
+        out = torch.empty(blocks.splits, 1, width, device=x.device, dtype=self._dtype if gated else torch.float32)
+        try:
+            multiply(first, x, out, blocks, gated=gated)
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
+        return time_captured(lambda: [multiply(matrix, x, out, blocks, gated=gated) for matrix in matrices])
+
+    def _key(self, matrix: Matrix, gated: bool) -> str:
+        return f"{matrix.key}{':gated' if gated else ''}:{str(self._dtype)[6:]}"
+
+
+def default_blocks(matrix: Matrix, *, gated: bool) -> Blocks:
+    """Blocks of 64 × 128, as many splits (up to 4) as fill the GPU and leave each program two steps or more."""
+    blocks = Blocks(outputs=32 if gated else 64)
+    programs = -(-matrix.out_features // blocks.outputs)
+    splits = 1
+    while not gated and splits < 4 and programs * splits < ENOUGH_PROGRAMS and matrix.in_features >= 4 * splits * blocks.inputs:
+        splits *= 2
+    return Blocks(blocks.outputs, blocks.inputs, splits, blocks.warps, blocks.stages)
+
+
+def time_captured(launch: Callable[[], object]) -> float:
+    """Seconds of what `launch` puts on the GPU, without the time the host takes to launch it: median of graph replays."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        launch()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        launch()
+    graph.replay()
+    seconds: list[float] = []
+    for _ in range(ROUNDS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return sorted(seconds)[ROUNDS // 2]
+
+
+def file_name() -> str:
+    """Names the choices' file after everything they depend on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
+    return re.sub(r"[^\w.+-]+", "-", f"triton-blocks_torch-{torch.__version__}_triton-{triton.__version__}_{device}.json")

@@ -1,0 +1,46 @@
+"""A packed linear applied to activations: the seam where a kernel is picked by format, device and number of rows.
+
+What stands here runs anywhere, in plain torch operations, and is what the kernels are compared with.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked
+
+
+@singledispatch
+def linear(packed: PackedLinear, x: Tensor) -> Tensor:
+    """x: [rows, in], float. Returns [rows, out] in x's dtype."""
+    raise TypeError(f"no linear for a {type(packed).__name__}")
+
+
+@linear.register
+def _(packed: FloatRows, x: Tensor) -> Tensor:
+    return functional.linear(x, packed.weight)
+
+
+@linear.register
+def _(packed: Int8Rows, x: Tensor) -> Tensor:
+    return (functional.linear(x, packed.weight.to(x.dtype)) * packed.scale).to(x.dtype)
+
+
+@linear.register
+def _(packed: Int4Rows, x: Tensor) -> Tensor:
+    return functional.linear(x, packed.dequantize().to(x.dtype))
+
+
+@linear.register
+def _(packed: Stacked, x: Tensor) -> Tensor:
+    return torch.cat([linear(part, x) for part in packed.parts], dim=-1)
+
+
+def rows_of(table: FloatRows | Int8Rows, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """The table's rows of `ids` [tokens], gathered first and then scaled: [tokens, in] in `dtype`."""
+    rows = table.weight[ids]
+    return rows.to(dtype) if isinstance(table, FloatRows) else (rows * table.scale[ids, None]).to(dtype)

@@ -1,0 +1,149 @@
+"""Compile the Triton kernels for GPUs that are not here: `python tests/gpu_compile.py FOLDER CAPABILITY…` prints JSON.
+
+What each kernel needs, and whether one that was carried into an empty cache is found there. Triton's package brings the
+whole compiler, ptxas included, so code generation is checked where nothing can run. A process of its own, because kernels
+imported under the interpreter cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gemma_opt.engine.kernels import triton_attention, triton_layer, triton_linear
+from gemma_opt.engine.kernels.triton_compiled import install_compiled, keep_compiled
+from gemma_opt.engine.kernels.triton_linear import Blocks
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+DTYPES = {"int8": "i8", "bfloat16": "bf16", "fp8": "fp8e4nv", "int4": "u8"}
+HEADS = {"heads": 8, "kv_heads": 4, "head_dim": 256, "length": 1024}
+
+Compile = Callable[[int], dict[str, int]]
+
+
+def compiled(
+    kernel: object, pointers: dict[str, str], scalars: dict[str, str], constants: dict[str, object], warps: int
+) -> Compile:
+    """A function of the compute capability that compiles a kernel with aligned pointers of these types."""
+
+    def build(capability: int) -> dict[str, int]:
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else scalars.get(name, f"*{pointers.get(name)}") for name in names}
+        aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in pointers}
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+        found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": 4})
+        return {**usage(found.asm["cubin"]), "shared": found.metadata.shared}
+
+    return build
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and bytes of stack (what did not fit the registers)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", listing).groups()
+    return {"registers": int(registers), "stack": int(stack)}
+
+
+def linear(
+    kind: str, blocks: Blocks, *, gated: bool = False, group: int = 0, has_zero: bool = False, rows: int = 16
+) -> Compile:
+    """The product of a [10240, 2560] matrix."""
+    constants = {
+        "out_features": 10_240, "in_features": 2560, "gated": gated, "has_scale": kind != "bfloat16", "has_zero": has_zero,
+        "group": group, "operand": tl.bfloat16, "splits": blocks.splits, "block_rows": rows, "block_out": blocks.outputs,
+        "block_in": blocks.inputs,
+    }  # fmt: skip
+    pointers = {
+        "x": "bf16", "weight": DTYPES[kind], "scale": "bf16" if group else "fp32", "zero": "u8",
+        "out": "bf16" if gated else "fp32",
+    }  # fmt: skip
+    return compiled(triton_linear._linear_kernel, pointers, {"rows": "i32"}, constants, blocks.warps)
+
+
+KERNELS: dict[str, Compile] = {
+    "int8": linear("int8", Blocks(splits=4)),
+    "int8 gated": linear("int8", Blocks(outputs=32), gated=True),
+    "bfloat16": linear("bfloat16", Blocks(outputs=32)),
+    "fp8": linear("fp8", Blocks(splits=2)),
+    "int4 of 128": linear("int4", Blocks(splits=4), group=128),
+    "int4 of 32, zero points, gated": linear("int4", Blocks(outputs=32), gated=True, group=32, has_zero=True),
+    "int8, 64 rows": linear("int8", Blocks(), rows=64),
+    "dequantize int4": compiled(
+        triton_linear._dequantize_kernel, {"weight": "u8", "scale": "bf16", "zero": "u8", "out": "bf16"}, {},
+        {"out_features": 10_240, "in_features": 2560, "group": 32, "has_zero": True, "operand": tl.bfloat16, "block_out": 32,
+         "block_in": 128}, warps=4,
+    ),
+    "attention": compiled(
+        triton_attention._attend_kernel,
+        {"query": "bf16", "slots": "i64", "positions": "i64", "keys": "bf16", "values": "bf16", "most": "fp32", "total": "fp32",
+         "mixed": "fp32"},
+        {"scale": "fp32", "window": "i32"},
+        {**HEADS, "splits": 16, "operand": tl.bfloat16, "block_heads": 16, "block_dim": 256, "block": triton_attention.BLOCK},
+        warps=4,
+    ),
+    "join": compiled(
+        triton_attention._join_kernel, {"most": "fp32", "total": "fp32", "mixed": "fp32", "out": "bf16"}, {},
+        {"head_dim": 256, "splits": 16, "block_dim": 256}, warps=4,
+    ),
+    "place qkv": compiled(
+        triton_layer._place_qkv_kernel,
+        {"partial": "fp32", "slots": "i64", "positions": "i64", "query_norm": "fp32", "key_norm": "fp32", "cos": "fp32",
+         "sin": "fp32", "query": "bf16", "keys": "bf16", "values": "bf16"},
+        {"rows": "i32", "eps": "fp32"}, {**HEADS, "splits": 4, "block": 128}, warps=1,
+    ),
+    "add and norm": compiled(
+        triton_layer._add_norm_kernel,
+        {"partial": "fp32", "post_norm": "fp32", "residual": "bf16", "next_norm": "fp32", "normed": "bf16"},
+        {"rows": "i32", "eps": "fp32"}, {"splits": 4, "hidden": 2560, "block": 4096}, warps=8,
+    ),
+    "embed": compiled(
+        triton_layer._embed_kernel,
+        {"tokens": "i64", "table": "i8", "scale": "fp32", "norm": "fp32", "residual": "bf16", "normed": "bf16"},
+        {"eps": "fp32", "embedding_scale": "fp32"}, {"hidden": 2560, "has_scale": True, "block": 4096}, warps=8,
+    ),
+}  # fmt: skip
+
+
+def carried(folder: Path, name: str, target: int) -> list[bool]:
+    """Compile, collect, empty the cache, install, compile again: whether Triton found the kernel in its cache each time."""
+    hits: list[bool] = []
+
+    def compile_in(cache: Path) -> None:
+        knobs.cache.dir = str(cache)
+        before = knobs.compilation.listener
+
+        def note(**event: object) -> None:
+            hits.append(bool(event["cache_hit"]))
+            if before:
+                before(**event)
+
+        knobs.compilation.listener = note
+        KERNELS[name](target)
+        knobs.compilation.listener = before
+
+    with keep_compiled(folder / "shipped"):
+        compile_in(folder / "first")
+    knobs.cache.dir = str(folder / "second")
+    install_compiled(folder / "shipped")
+    compile_in(folder / "second")
+    return hits
+
+
+if __name__ == "__main__":
+    targets = [int(argument) for argument in sys.argv[2:]]
+    needs = {f"{name} sm_{target}": build(target) for target in targets for name, build in KERNELS.items()}
+    json.dump({"needs": needs, "cache_hits": carried(Path(sys.argv[1]), "join", targets[0])}, sys.stdout)

@@ -1,0 +1,291 @@
+"""The Triton kernels under Triton's CPU interpreter, against float64, at sizes that fit no block.
+
+The interpreter knows no bfloat16 arithmetic, so activations are float32 here, products too. What a GPU adds (bfloat16
+products on matrix units) is checked by the tests marked `gpu` and by `python -m benchmarks.gpu kernels`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import shared_model
+from torch import Tensor
+from torch.nn import functional
+
+from gemma_opt.engine.cache import KvCache
+from gemma_opt.engine.forward import TextModel, rms_norm
+from gemma_opt.engine.kernels import triton_attention, triton_layer
+from gemma_opt.engine.kernels.triton_decode import TritonDecode
+from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, dequantize_int4, multiply
+from gemma_opt.engine.kernels.triton_matrices import TritonLinear
+from gemma_opt.engine.kernels.triton_tuning import Tuning, default_blocks, file_name
+from gemma_opt.engine.linear import linear
+from gemma_opt.engine.rope import RopeTables, rope_table, rotate
+from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked, take_weights
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BLOCKS = Blocks(outputs=32, inputs=64)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def poison(*sizes: int) -> Tensor:
+    """An output that shows every element nobody wrote."""
+    return torch.full(sizes, float("nan"), device=DEVICE)
+
+
+def matrix(kind: str, outputs: int, inputs: int) -> tuple[Matrix, Tensor]:
+    """A random matrix of a format and what it stands for, float64."""
+    draw = seeded(outputs + inputs)
+    if kind.startswith("int4"):
+        group = int(kind.removesuffix("z").split("-")[1])
+        nibbles = torch.randint(0, 16, (outputs, inputs), generator=draw)
+        scale = (torch.rand(outputs, inputs // group, generator=draw) + 0.5).to(torch.bfloat16)
+        zero = torch.randint(0, 16, scale.shape, generator=draw).to(torch.uint8) if kind.endswith("z") else None
+        packed = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).to(torch.uint8)
+        offset = (8.0 if zero is None else zero.double()) * torch.ones(scale.shape, dtype=torch.float64)
+        wide = [part.double().repeat_interleave(group, 1) for part in (offset, scale)]
+        meant = (nibbles.double() - wide[0]) * wide[1]
+        return on_device(Matrix(packed, scale, zero, group)), meant
+    weight = torch.randn(outputs, inputs, generator=draw) * 30
+    scale = None if kind in ("float32", "bfloat16") else torch.rand(outputs, generator=draw) + 0.5
+    weight = weight.round().clamp(-127, 127).to(torch.int8) if kind == "int8" else weight.to(getattr(torch, kind))
+    meant = weight.float().double() * (1.0 if scale is None else scale.double()[:, None])
+    return on_device(Matrix(weight, scale)), meant
+
+
+def on_device(parts: Matrix) -> Matrix:
+    moved = [part if part is None else part.to(DEVICE) for part in (parts.weight, parts.scale, parts.zero)]
+    return replace(parts, weight=moved[0], scale=moved[1], zero=moved[2])
+
+
+def error(found: Tensor, meant: Tensor) -> float:
+    """‖found − meant‖ / ‖meant‖ in float64; NaN if anything was left unwritten."""
+    return float((found.cpu().double() - meant.cpu().double()).norm() / meant.cpu().double().norm())
+
+
+KINDS = ["float32", "bfloat16", "int8", "float8_e4m3fn", "int4-32", "int4-64z", "int4-128"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 33, 269), (3, 67, 384), (16, 32, 128), (40, 50, 256)])
+def test_product_of_every_format(kind: str, rows: int, outputs: int, inputs: int) -> None:
+    if kind.startswith("int4"):
+        inputs = inputs // 128 * 128
+    stored, meant = matrix(kind, outputs, inputs)
+    x = torch.randn(rows, inputs, generator=seeded(rows))
+    out = poison(1, rows, outputs)
+    multiply(stored, x.to(DEVICE), out, BLOCKS)
+    assert error(out[0], x.double() @ meant.T) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4-32z"])
+@pytest.mark.parametrize("splits", [2, 4])
+def test_partial_results_add_up(kind: str, splits: int) -> None:
+    """320 columns are five steps of 64: the last of four splits has nothing to do."""
+    stored, meant = matrix(kind, 40, 320)
+    x = torch.randn(3, 320, generator=seeded())
+    out = poison(splits, 3, 40)
+    multiply(stored, x.to(DEVICE), out, replace(BLOCKS, splits=splits))
+    assert error(out.sum(0), x.double() @ meant.T) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4-32z", "int4-64"])
+def test_gated_product(kind: str) -> None:
+    stored, meant = matrix(kind, 2 * 35, 192)
+    x = torch.randn(3, 192, generator=seeded()) / 300
+    out = poison(1, 3, 35)
+    multiply(stored, x.to(DEVICE), out, BLOCKS, gated=True)
+    gate, up = (x.double() @ meant.T).chunk(2, dim=-1)
+    assert error(out[0], functional.gelu(gate, approximate="tanh") * up) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4-32"])
+def test_a_row_does_not_depend_on_its_neighbours(kind: str) -> None:
+    stored, _ = matrix(kind, 40, 256)
+    x = torch.randn(16, 256, generator=seeded()).to(DEVICE)
+    whole = poison(2, 16, 40)
+    multiply(stored, x, whole, replace(BLOCKS, splits=2))
+    for begin, rows in ((0, 1), (5, 3), (8, 8)):
+        part = poison(2, rows, 40)
+        multiply(stored, x[begin : begin + rows], part, replace(BLOCKS, splits=2))
+        assert torch.equal(part, whole[:, begin : begin + rows])
+
+
+def test_a_gated_product_cannot_be_split() -> None:
+    stored, _ = matrix("int8", 64, 256)
+    with pytest.raises(ValueError, match="partial results"):
+        multiply(stored, torch.zeros(1, 256, device=DEVICE), poison(2, 1, 32), replace(BLOCKS, splits=2), gated=True)
+
+
+@pytest.mark.parametrize("has_scale", [False, True])
+def test_embedding_and_first_norm(has_scale: bool) -> None:
+    draw = seeded()
+    table = torch.randint(-127, 128, (50, 70), generator=draw).to(torch.int8 if has_scale else torch.float32)
+    scale, norm = torch.rand(50, generator=draw), torch.randn(70, generator=draw)
+    tokens = torch.tensor([49, 0, 7])
+    residual, normed = poison(3, 70), poison(3, 70)
+    triton_layer.embed(
+        tokens.to(DEVICE), table.to(DEVICE), scale.to(DEVICE) if has_scale else None, norm.to(DEVICE), residual, normed,
+        embedding_scale=8.4, eps=1e-6,
+    )  # fmt: skip
+    meant = table[tokens].double() * (scale[tokens, None].double() if has_scale else 1.0) * 8.4
+    assert error(residual, meant) < 1e-6
+    assert error(normed, rms_norm(meant.float(), norm, 1e-6)) < 1e-6
+
+
+def test_residual_and_norms() -> None:
+    draw = seeded()
+    partial, residual = torch.randn(3, 5, 70, generator=draw), torch.randn(5, 70, generator=draw)
+    post, following = torch.randn(70, generator=draw), torch.randn(70, generator=draw)
+    found, normed = residual.clone().to(DEVICE), poison(5, 70)
+    triton_layer.add_norm(partial.to(DEVICE), post.to(DEVICE), found, following.to(DEVICE), normed, eps=1e-6)
+    meant = residual + rms_norm(partial.sum(0), post, 1e-6)
+    assert error(found, meant) < 1e-6
+    assert error(normed, rms_norm(meant, following, 1e-6)) < 1e-6
+
+
+def test_queries_are_rotated_and_keys_and_values_stored_at_their_place_in_the_ring() -> None:
+    heads, kv_heads, head_dim, length = 4, 2, 48, 10
+    draw = seeded()
+    partial = torch.randn(2, 3, (heads + 2 * kv_heads) * head_dim, generator=draw)
+    query_norm, key_norm = torch.randn(head_dim, generator=draw), torch.randn(head_dim, generator=draw)
+    slots, positions = torch.tensor([2, 0, 2]), torch.tensor([13, 4, 14])
+    cos, sin = rope_table(torch.rand(head_dim // 2, generator=draw), 20)
+    query = poison(3, heads, head_dim)
+    keys, values = (torch.zeros(3, kv_heads, length, head_dim, device=DEVICE) for _ in range(2))
+    given = (part.to(DEVICE) for part in (partial, slots, positions, query_norm, key_norm, cos, sin))
+    triton_layer.place_qkv(*given, query, keys, values, eps=1e-6)
+    whole = partial.sum(0).view(3, -1, head_dim)
+    q, k, v = whole.split([heads, kv_heads, kv_heads], dim=1)
+    turned = (cos[positions], sin[positions])
+    assert error(query, rotate(rms_norm(q, query_norm, 1e-6), *turned)) < 1e-6
+    meant_keys, meant_values = torch.zeros_like(keys.cpu()), torch.zeros_like(values.cpu())
+    meant_keys[slots, :, positions % length] = rotate(rms_norm(k, key_norm, 1e-6), *turned)
+    meant_values[slots, :, positions % length] = v
+    assert error(keys, meant_keys) < 1e-6
+    assert error(values, meant_values) < 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 48), (3, 1, 32)])
+def test_attention_reads_the_valid_positions_and_nothing_else(
+    window: int | None, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """Whatever else lies in the cache is NaN: one value too many and the result is too."""
+    length = 300 if window is None else 110
+    positions = torch.tensor([0, 63, 64, 299])
+    draw = seeded()
+    keys, values = (torch.full((4, kv_heads, length, head_dim), float("nan")) for _ in range(2))
+    query = torch.randn(4, heads, head_dim, generator=draw)
+    meant = torch.empty(4, heads, head_dim, dtype=torch.float64)
+    for row, position in enumerate(positions.tolist()):
+        begin = 0 if window is None else max(0, position - window + 1)
+        k, v = (torch.randn(kv_heads, position + 1 - begin, head_dim, generator=draw) for _ in range(2))
+        places = torch.arange(begin, position + 1) % length
+        keys[row, :, places], values[row, :, places] = k, v
+        meant[row] = functional.scaled_dot_product_attention(
+            query[row][:, None].double(), k.double(), v.double(), scale=0.3, enable_gqa=True
+        )[:, 0]
+    out = poison(4, heads * head_dim)
+    triton_attention.attend(
+        query.to(DEVICE), torch.arange(4, device=DEVICE), positions.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), out,
+        triton_attention.Scratch.empty(4, heads, head_dim, DEVICE), scale=0.3, window=window,
+    )  # fmt: skip
+    assert error(out.view_as(meant), meant) < 1e-6
+
+
+@pytest.mark.parametrize(("group", "has_zero"), [(32, True), (128, False)])
+def test_int4_weights_dequantize_to_what_the_torch_operations_make_of_them(group: int, has_zero: bool) -> None:
+    stored, meant = matrix(f"int4-{group}{'z' if has_zero else ''}", 35, 384)
+    assert torch.equal(dequantize_int4(stored, torch.float32).cpu().double(), meant)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4-32z"])
+def test_products_of_prefill_are_those_of_the_torch_operations(kind: str, rows: int) -> None:
+    """Few rows and many take different ways; so do linears of unlike formats on one input."""
+    stored, _ = matrix(kind, 48, 256)
+    packed = packed_as(stored)
+    both = Stacked((packed, FloatRows(torch.randn(7, 256, generator=seeded()).to(DEVICE))))
+    x = torch.randn(rows, 256, generator=seeded(rows)).to(DEVICE)
+    product = TritonLinear(Tuning(torch.float32))
+    assert error(product(packed, x), linear(packed, x)) < 1e-6
+    assert error(product(both, x), linear(both, x)) < 1e-6
+
+
+def packed_as(stored: Matrix) -> PackedLinear:
+    """The engine's form of a matrix: same tensors."""
+    if stored.scale is None:
+        return FloatRows(stored.weight)
+    return Int4Rows(stored.weight, stored.scale, stored.zero) if stored.group else Int8Rows(stored.weight, stored.scale)
+
+
+def test_default_blocks_fill_the_gpu_and_leave_every_split_work() -> None:
+    def blocks(outputs: int, inputs: int, *, gated: bool = False) -> Blocks:
+        return default_blocks(Matrix(torch.empty(outputs, inputs, dtype=torch.int8, device="meta")), gated=gated)
+
+    assert blocks(2560, 10_240).splits == 4
+    assert blocks(262_208, 2560).splits == 1
+    assert blocks(20_480, 2560, gated=True).splits == 1
+    assert blocks(64, 200).splits == 1
+
+
+def test_tuning_choices_are_kept_for_this_torch_triton_and_device(tmp_path: Path) -> None:
+    stored, _ = matrix("int8", 40, 256)
+    kept = Tuning(torch.bfloat16, {f"{stored.key}:bfloat16": Blocks(16, 256, 2, 2, 3)})
+    kept.save(tmp_path)
+    assert (tmp_path / file_name()).is_file()
+    assert Tuning.load(tmp_path, torch.bfloat16).blocks(stored) == Blocks(16, 256, 2, 2, 3)
+    assert Tuning.load(tmp_path, torch.float32).blocks(stored) == default_blocks(stored, gated=False)
+    assert Tuning.load(None, torch.bfloat16).blocks(stored) == default_blocks(stored, gated=False)
+
+
+@torch.no_grad()
+def test_whole_decode_of_the_small_model() -> None:
+    """Slots at unlike positions, one past the window: logits and cache as with torch operations, alone and together."""
+    weights = take_weights(shared_model().to(DEVICE), release=False)
+    expected, mine = (TextModel(weights, KvCache(weights, slots=2, context=200), use_kernels=False) for _ in range(2))
+    decode = TritonDecode(weights, mine.cache, RopeTables.of(weights, 200), Tuning(weights.dtype))
+    draw = seeded(3)
+    for slot, count in ((0, 5), (1, 150)):
+        ids = torch.randint(5, 400, (count,), generator=draw).to(DEVICE)
+        for model in (expected, mine):
+            model.prefill(slot, model.embed(ids), 0)
+    tokens, slots = torch.randint(5, 400, (2,), generator=draw).to(DEVICE), torch.tensor([1, 0], device=DEVICE)
+    positions = torch.tensor([150, 5], device=DEVICE)
+    together = decode(tokens, slots, positions).clone()
+    assert error(together, expected.decode(tokens, slots, positions)) < 1e-5
+    for found, meant in zip(mine.cache.layers, expected.cache.layers, strict=True):
+        assert error(found.keys, meant.keys) < 1e-5
+        assert error(found.values, meant.values) < 1e-5
+    assert torch.equal(decode(tokens[:1], slots[:1], positions[:1])[0], together[0])
+    with pytest.raises(ValueError, match="3 rows"):
+        decode(*(torch.zeros(3, dtype=torch.int64, device=DEVICE) for _ in range(3)))
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_an_l40s_and_an_h100_and_stay_in_registers(tmp_path: Path) -> None:
+    """The story: fp8 weights turned into bfloat16 directly compiled for Hopper and for nothing before it."""
+    script = Path(__file__).with_name("gpu_compile.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(script.parents[1])}
+    run = subprocess.run(
+        [sys.executable, script, tmp_path, "89", "90"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout)
+    needs = found["needs"]
+    assert len(needs) == 26
+    assert not {name: need for name, need in needs.items() if need["stack"] > 0}
+    assert max(need["shared"] for need in needs.values()) <= 99 * 1024  # what a program may have on an L40S
+    assert found["cache_hits"] == [False, True], "a compiled kernel that came with a checkpoint was not found"

@@ -39,8 +39,8 @@ TREE: dict[str, object] = {
     "calibration": {"windows": 16, "window_tokens": 512},
     "sparsity": [{"method": "compact", "ratio": 0.25}],
     "distill": {
-        "windows": 160, "window_tokens": 256, "steps": 240, "batch": 4, "micro_batch": 4, "top_k": 64, "negatives": 8192,
-        "learning_rate": 0.0002, "roles": ["gate", "up", "down", "norm"],
+        "windows": 512, "window_tokens": 256, "steps": 250, "batch": 8, "micro_batch": 8, "top_k": 64, "negatives": 8192,
+        "learning_rate": 0.00002, "roles": ["gate", "up", "down", "norm"],
     },
     "quantization": {"default": "fp32", "roles": {"embedding": "fp32"}},
 }  # fmt: skip

@@ -285,7 +285,7 @@ class Distill(_Section):
     top_k: int = Field(default=64, ge=0, le=4096, description="teacher logits kept on disk; 0: all, the teacher runs along")
     negatives: int = Field(default=0, ge=0, description="tokens drawn to stand for those no teacher of the batch likes; 0: all")
     hidden: float = Field(default=0.0, ge=0, le=100, description="weight of the hidden states' relative squared error")
-    learning_rate: float = Field(default=2e-4, gt=0, le=1)
+    learning_rate: float = Field(default=5e-5, gt=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     roles: tuple[TrainedRole, ...] = Field(default=(*TEXT_ROLES, "norm"), min_length=1, description="what is trained")
     precision: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of products; weights train in float32")

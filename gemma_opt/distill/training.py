@@ -29,7 +29,7 @@ from gemma_opt.gemma import GemmaModel, weights_device
 from gemma_opt.policy import Role, main_parameter, role_of
 from gemma_opt.recipe import Distill
 
-WARM_UP = 0.05  # of a phase's steps
+WARM_UP = 0.1  # of a phase's steps: Adam's first updates move every weight by the whole rate
 LOWEST_RATE = 0.1  # of the peak, at the end of the cosine
 MAX_GRADIENT_NORM = 1.0
 BETAS = (0.9, 0.98)  # a few hundred steps are too short for the usual memory of 1,000

@@ -30,6 +30,11 @@ class LowRankLinear(nn.Module):
         self.left = left
         self.right = right
 
+    @property
+    def out_features(self) -> int:
+        """Length of y."""
+        return int(getattr(self.left, "out_features"))  # noqa: B009 nn.Linear or a quantized one
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]. Returns [..., out]."""
         return self.left(self.right(x))

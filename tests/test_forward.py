@@ -19,10 +19,11 @@ from gemma_opt.evaluation.perplexity import builtin_text
 from gemma_opt.prompt import EncodedPrompt, PromptEncoder, single_turn
 from gemma_opt.quantization.linear import QuantizedLinear
 from gemma_opt.quantization.table import Int8Embedding
-from gemma_opt.recipe import BaseModelSection
+from gemma_opt.recipe import BaseModelSection, Recipe
 from gemma_opt.sizing import kv_cache
 
 CONTEXT = 512
+MODEL = {"base": "small-gemma3", "dtype": "float32"}
 WINDOW = 128  # of the bundled model's sliding layers
 PROMPTS = {
     "a picture": single_turn("Which bar is tallest?", "You are a helpful assistant.", [chart()]),
@@ -223,6 +224,32 @@ def test_what_cannot_be_computed_is_refused() -> None:
     odd.config.hidden_activation = "silu"
     with pytest.raises(EngineError, match=r"final_logit_softcapping = 30\.0, hidden_activation = silu"):
         take_weights(odd, release=False)
+
+
+FORMATS = ("fp8", "fp8_dynamic", "int8_dynamic", "int8_dynamic_int4")
+
+
+@pytest.mark.parametrize("stored", FORMATS)
+def test_formats_without_a_packed_form_are_computed_by_their_modules(stored: str) -> None:
+    """The service answered every recipe of these with EngineError as soon as it ran on this engine."""
+    model, prompt = fresh_model(), encode("text")
+    section = {"default": stored, "roles": {"embedding": "int8"}}
+    pipeline.compress(model, Recipe.from_tree({"name": "x", "model": MODEL, "quantization": section}, "x"))
+    _decodes_as_transformers(model, prompt)
+
+
+def test_low_rank_layers_are_computed_by_their_modules() -> None:
+    model, prompt = fresh_model(), encode("text")
+    tree = {"name": "x", "model": MODEL, "lowrank": {"roles": ["down", "gate"], "ratio": 0.2, "whiten": False}}
+    pipeline.compress(model, Recipe.from_tree(tree, "x"))
+    _decodes_as_transformers(model, prompt)
+
+
+def _decodes_as_transformers(model: gemma.GemmaModel, prompt: EncodedPrompt) -> None:
+    expected = oracle_tokens(model, prompt, 12)
+    text = text_model(model)
+    rows, spans = embeddings(text, model, prompt)
+    assert greedy(text, 0, prefill(text, 0, rows, spans, CONTEXT), len(rows), 12) == expected
 
 
 @torch.inference_mode()

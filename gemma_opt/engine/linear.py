@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked
+from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, ModuleRows, PackedLinear, Stacked
 
 
 @singledispatch
@@ -33,6 +33,11 @@ def _(packed: Int8Rows, x: Tensor) -> Tensor:
 @linear.register
 def _(packed: Int4Rows, x: Tensor) -> Tensor:
     return functional.linear(x, packed.dequantize().to(x.dtype))
+
+
+@linear.register
+def _(packed: ModuleRows, x: Tensor) -> Tensor:
+    return packed.module(x)
 
 
 @linear.register

@@ -75,6 +75,18 @@ class Int4Rows:
 
 
 @dataclass(frozen=True)
+class ModuleRows:
+    """A linear of a format without a packed form here (quantized inputs, float8, low rank): its own module computes it."""
+
+    module: nn.Module
+
+    @property
+    def out_features(self) -> int:
+        """Length of y."""
+        return int(getattr(self.module, "out_features"))  # noqa: B009 every linear of this package has it
+
+
+@dataclass(frozen=True)
 class Stacked:
     """Linears of unlike formats on the same input, their outputs one after another."""
 
@@ -86,7 +98,7 @@ class Stacked:
         return sum(part.out_features for part in self.parts)
 
 
-PackedLinear = FloatRows | Int8Rows | Int4Rows | Stacked
+PackedLinear = FloatRows | Int8Rows | Int4Rows | ModuleRows | Stacked
 
 
 @dataclass(frozen=True)
@@ -204,15 +216,12 @@ def _take_layer(layer: nn.Module, *, sliding: bool) -> LayerWeights:
 def _pack_checked(name: str, module: nn.Module) -> PackedLinear:
     if getattr(module, "bias", None) is not None:
         raise EngineError(f"{name}: Gemma 3 linears have no bias, and this one has")
-    activation = getattr(module, "activation", "none")
-    if activation != "none":
-        raise EngineError(f"{name}: this engine does not compute {activation} activations")
-    return _pack_one(module)
+    return ModuleRows(module) if getattr(module, "activation", "none") != "none" else _pack_one(module)
 
 
 @singledispatch
 def _pack_one(module: nn.Module) -> PackedLinear:
-    raise EngineError(f"no packed form for a {type(module).__name__}")
+    return ModuleRows(module)
 
 
 @_pack_one.register(nn.Linear)

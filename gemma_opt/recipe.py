@@ -620,6 +620,8 @@ class Recipe(_Section):
         zeroed = {role for stage in self.sparsity if not isinstance(stage, Compact) for role in stage.roles}
         if lost := [role for role in named if role in zeroed]:
             raise ValueError(f"lowrank: the factors of {', '.join(lost)} would be dense, and the zeros of sparsity lost")
+        if self.lowrank and self.engine.kind != "reference":
+            raise ValueError("lowrank: the fast engine packs no factors; set engine.kind: reference")
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from gemma_opt.calibration.walk import model_inputs
 from gemma_opt.policy import plan, planned_weights
 from gemma_opt.quantization import Int4Linear, grid, quantize_
 from gemma_opt.quantization.gptq import curvature, gptq
-from gemma_opt.quantization.hqq import POWER, fitted_grid
+from gemma_opt.quantization.hqq import POWER, SYMMETRIC_POWER, fitted_grid
 from gemma_opt.recipe import Int4, Recipe
 from tests.shapes import recipe, small_text_model
 from tests.test_quantization import UP, awkward_weight
@@ -120,7 +120,8 @@ def lp_error(weight: Tensor, found: grid.Grid, power: float) -> Tensor:
 def test_hqq_is_never_worse_than_plain_rounding_and_clearly_better_on_the_whole(symmetric: bool) -> None:
     weight = normal_groups()
     plain, fitted = grid.range_grid(weight, symmetric=symmetric), fitted_grid(weight, symmetric=symmetric)
-    before, after = lp_error(weight, plain, POWER), lp_error(weight, fitted, POWER)
+    power = SYMMETRIC_POWER if symmetric else POWER
+    before, after = lp_error(weight, plain, power), lp_error(weight, fitted, power)
     assert (after <= before).all()
     assert after.sum() < 0.95 * before.sum()
     assert torch.equal(fitted.scale, fitted.scale.bfloat16().float())
@@ -132,7 +133,7 @@ def test_weights_that_count_more_are_fitted_closer() -> None:
     weight = normal_groups()
     importance = torch.ones(4, 32)
     importance[:, :4] = 100.0
-    plain, weighted = fitted_grid(weight, symmetric=True, power=2.0), fitted_grid(weight, symmetric=True, importance=importance)
+    plain, weighted = fitted_grid(weight, symmetric=True), fitted_grid(weight, symmetric=True, importance=importance)
     errors = [(weight - found.values(found.nibbles(weight))).square()[..., :4].sum() for found in (plain, weighted)]
     assert errors[1] < 0.8 * errors[0]
 

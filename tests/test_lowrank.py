@@ -36,7 +36,6 @@ def samples(count: int = 6) -> tuple[Sample, ...]:
 def rules(*sections: Mapping[str, object], **rest: object) -> Recipe:
     tree: dict[str, object] = {"name": "test", "model": {"base": "small-gemma3", "dtype": "float32"}, "quantization": EXACT}
     tree |= {"calibration": {"source": ["unused"]}, "lowrank": [dict(section) for section in sections]}
-    tree |= {"engine": {"kind": "reference"}}
     return Recipe.from_tree(tree | rest, "test")
 
 
@@ -235,7 +234,6 @@ def test_it_goes_on_after_a_kill_with_the_same_result(tmp_path: Path) -> None:
         ({"lowrank": {"roles": ["down"], "ratio": 0.5, "energy": 0.9}}, "exactly one of ratio and energy"),
         ({"lowrank": {"roles": ["vision"], "ratio": 0.5}}, "lowrank.0.roles.0"),
         ({"lowrank": [DOWN, DOWN]}, "down named twice"),
-        ({"lowrank": DOWN, "engine": {}}, "set engine.kind: reference"),
         ({"lowrank": DOWN, "calibration": None}, "lowrank with whiten need data"),
         ({"lowrank": DOWN, "sparsity": [{"method": "magnitude", "ratio": 0.5}]}, "would be dense, and the zeros"),
     ],

@@ -43,17 +43,18 @@ VARIANTS = {
 
 def main(questions: Annotated[int, typer.Option(min=9)] = 500) -> None:
     """Build every variant in a temporary folder and measure it."""
-    rows = [measure(name, overrides, questions) for name, overrides in VARIANTS.items()]
-    result = {
+    result: dict[str, object] = {
         "what": "one-word questions about unseen pictures, greedy, one at a time, through the service",
         "questions": questions,
         "seed": SEED,
         "perplexity_pictures": PICTURES,
         "environment": describe(),
-        "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "small_model.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    rows: list[dict[str, object]] = []
+    for name, overrides in VARIANTS.items():
+        rows.append(measure(name, overrides, questions))
+        (RESULTS / "small_model.json").write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", "utf-8")
 
 
 def measure(name: str, overrides: tuple[str, ...], questions: int) -> dict[str, object]:

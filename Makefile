@@ -38,7 +38,7 @@ types: setup
 	$(BIN)/pyright
 
 unit: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
 serve: setup
 	$(BIN)/python -m gemma_opt serve --port $(PORT)

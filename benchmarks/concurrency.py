@@ -2,7 +2,8 @@
 
 1, 2, 4, 8, 16 and 32 requests, submitted together, in rounds that go through all of them: total and per-request tokens a
 second and percentiles of the time to first token, the median of the rounds. `speed_up` is a round's total over the same
-round's single request. Adds one entry to benchmarks/results/concurrency_cpu.json (or _cuda), under the name.
+round's single request; by processor time too, for machines on which other work runs. Adds one entry to
+benchmarks/results/concurrency_cpu.json (or _cuda), under the name.
 """
 
 from __future__ import annotations
@@ -54,19 +55,26 @@ def main(
 
 def summary(rounds: list[Throughput], single: list[Throughput]) -> dict[str, object]:
     """Medians over the rounds of one number of requests. single: the same rounds' runs with the fewest."""
-    speed_ups = [one.total_tokens_per_second / alone.total_tokens_per_second for one, alone in zip(rounds, single, strict=True)]
+
+    def median(name: str) -> float:
+        return statistics.median(getattr(one, name) for one in rounds)
+
+    def speed_up(name: str) -> float:
+        return statistics.median(getattr(one, name) / getattr(alone, name) for one, alone in zip(rounds, single, strict=True))
+
     return {
         "requests": rounds[0].requests,
         "prompt_tokens": rounds[0].prompt_tokens,
         "new_tokens": rounds[0].new_tokens,
-        "total_tokens_per_second": statistics.median(one.total_tokens_per_second for one in rounds),
-        "request_tokens_per_second": statistics.median(one.request_tokens_per_second for one in rounds),
+        "total_tokens_per_second": median("total_tokens_per_second"),
+        "request_tokens_per_second": median("request_tokens_per_second"),
         "time_to_first_token_s": {
             name: statistics.median(one.time_to_first_token_s[name] for one in rounds)
             for name in rounds[0].time_to_first_token_s
         },
-        "speed_up": statistics.median(speed_ups),
-        "speed_up_range": [min(speed_ups), max(speed_ups)],
+        "speed_up": speed_up("total_tokens_per_second"),
+        "total_tokens_per_cpu_second": median("total_tokens_per_cpu_second"),
+        "speed_up_per_cpu_second": speed_up("total_tokens_per_cpu_second"),
     }
 
 

@@ -27,12 +27,15 @@ PERCENTILES = (50, 90, 99)
 class Throughput:
     """One round. Tokens a second: all requests together, by wall clock from the first submit to the last token; and the
     median request's own, after its first token. time_to_first_token_s: percentile → seconds, waiting included.
+
+    total_tokens_per_cpu_second: by the processor time of all threads, which other work on the machine hardly changes.
     """
 
     requests: int
     prompt_tokens: int
     new_tokens: int
     total_tokens_per_second: float
+    total_tokens_per_cpu_second: float
     request_tokens_per_second: float
     time_to_first_token_s: dict[str, float]
 
@@ -52,16 +55,17 @@ def unlike_prompts(service: Service, count: int, tokens: int) -> list[EncodedPro
 def measure(service: Service, prompts: Sequence[EncodedPrompt], new_tokens: int) -> Throughput:
     """Answer all prompts at once. Raises QueueFull where they are more than slots and queue hold, PromptTooLong."""
     sampling = SamplingParams(max_new_tokens=new_tokens, min_new_tokens=new_tokens, temperature=0)
-    started = time.monotonic()
+    started, cpu_started = time.monotonic(), time.process_time()
     running = [service.generate(prompt, sampling) for prompt in prompts]
     produced = sum(len(list(generation)) for generation in running)
-    seconds = time.monotonic() - started
+    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
     ends = [generation.finished for generation in running]
     return Throughput(
         requests=len(prompts),
         prompt_tokens=len(prompts[0].token_ids),
         new_tokens=new_tokens,
         total_tokens_per_second=produced / seconds,
+        total_tokens_per_cpu_second=produced / cpu_seconds,
         request_tokens_per_second=statistics.median(end.tokens_per_second or 0.0 for end in ends),
         time_to_first_token_s=percentiles([end.time_to_first_token_s or 0.0 for end in ends]),
     )

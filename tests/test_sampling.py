@@ -46,9 +46,7 @@ def logits_of(seed: int, size: int = COLUMNS, spread: float = 3.0) -> Tensor:
 def draws(logits: Tensor, sampling: SamplingParams, positions: Sequence[int]) -> Tensor:
     """One draw at each position, all as rows of one call."""
     rows = SamplingRows.of([sampling] * len(positions), CPU)
-    return next_tokens_apart(
-        logits.expand(len(positions), -1), rows, torch.tensor(positions), [route_of(sampling)] * len(positions)
-    )
+    return next_tokens(logits.expand(len(positions), -1), rows, torch.tensor(positions), {route_of(sampling)})
 
 
 # Filters

@@ -98,12 +98,19 @@ def next_tokens(scores: Tensor, rows: SamplingRows, positions: Tensor, routes: C
 
 
 def next_tokens_apart(scores: Tensor, rows: SamplingRows, positions: Tensor, routes: Sequence[Route]) -> Tensor:
-    """The same tokens, each row paying for its own route only. routes: of each row, as the host knows them."""
-    if len(set(routes)) == 1:
-        return _FINDERS[routes[0]](scores, rows, positions)
+    """The same tokens, each row paying for its own route only. routes: of each row, as the host knows them.
+
+    Routes that pass over the vocabulary many times take one row after another, which stays in the processor's cache.
+    """
+    groups: list[tuple[Route, list[int]]] = []
+    for route in sorted(set(routes)):
+        members = [row for row, wanted in enumerate(routes) if wanted == route]
+        groups += [(route, members)] if route <= Route.NARROW else [(route, [row]) for row in members]
+    if len(groups) == 1:
+        return _FINDERS[groups[0][0]](scores, rows, positions)
     tokens = torch.empty(len(routes), dtype=torch.int64, device=scores.device)
-    for route in set(routes):
-        index = torch.tensor([row for row, wanted in enumerate(routes) if wanted == route], device=scores.device)
+    for route, members in groups:
+        index = torch.tensor(members, device=scores.device)
         tokens[index] = _FINDERS[route](scores[index], rows.take(index), positions[index])
     return tokens
 

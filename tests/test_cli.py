@@ -154,7 +154,7 @@ def test_help_starts_without_torch() -> None:
 @pytest.mark.parametrize(("on_failure", "code"), [("error", 1), ("eager", 0)])
 def test_a_failed_compilation_is_an_error_unless_the_recipe_says_eager(on_failure: str, code: int, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    overrides = ("name=broken-compiler", f"compile={{targets: [mlp], on_failure: {on_failure}}}")
+    overrides = ("name=broken-compiler", f"compile={{targets: [vision], on_failure: {on_failure}}}")
     recipe.write_text(Recipe.load("small-bf16", overrides).to_yaml())
     no_compiler = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     result = run("predict", str(recipe), "-i", "prompt=Hello", "-i", "temperature=0", code=code, **no_compiler)

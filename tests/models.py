@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemma_opt import charts, gemma
 from gemma_opt.prompt import EncodedPrompt
@@ -52,3 +52,10 @@ def oracle_tokens(model: gemma.GemmaModel, prompt: EncodedPrompt, count: int) ->
     with torch.inference_mode():
         output = model.generate(**oracle_inputs(model, prompt), max_new_tokens=count, min_new_tokens=count, do_sample=False)
     return output[0, len(prompt.token_ids) :].tolist()
+
+
+def allocated_bytes(model: nn.Module) -> int:
+    """Bytes of all distinct parameters and of the quantized layers' buffers; RoPE tables and position ids are no weights."""
+    own = [buffer for name, buffer in model.named_buffers() if "rotary" not in name and "position_ids" not in name]
+    tensors = [*model.parameters(), *(buffer for buffer in own if buffer.ndim)]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

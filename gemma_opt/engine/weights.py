@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gemma_opt.errors import EngineError
 from gemma_opt.gemma import GemmaModel, text_layers
-from gemma_opt.quantization.linear import Int4Linear, Int8Linear
+from gemma_opt.quantization.linear import Fp8Linear, Int4Linear, Int8Linear
 from gemma_opt.quantization.table import Int8Embedding, Int8Head
 
 
@@ -35,6 +35,19 @@ class FloatRows:
 @dataclass(frozen=True)
 class Int8Rows:
     """y = (x · weightᵀ) · scale. weight: int8 [out, in]; scale: float32 [out]."""
+
+    weight: Tensor
+    scale: Tensor
+
+    @property
+    def out_features(self) -> int:
+        """Length of y."""
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class Fp8Rows:
+    """y = (x · weightᵀ) · scale. weight: float8_e4m3fn [out, in]; scale: float32 [out]."""
 
     weight: Tensor
     scale: Tensor
@@ -76,7 +89,7 @@ class Int4Rows:
 
 @dataclass(frozen=True)
 class ModuleRows:
-    """A linear of a format without a packed form here (quantized inputs, float8, low rank): its own module computes it."""
+    """A linear of a format without a packed form here (quantized inputs, low rank): its own module computes it."""
 
     module: nn.Module
 
@@ -98,7 +111,7 @@ class Stacked:
         return sum(part.out_features for part in self.parts)
 
 
-PackedLinear = FloatRows | Int8Rows | Int4Rows | ModuleRows | Stacked
+PackedLinear = FloatRows | Int8Rows | Fp8Rows | Int4Rows | ModuleRows | Stacked
 
 
 @dataclass(frozen=True)
@@ -235,6 +248,11 @@ def _(module: nn.Linear | nn.Embedding) -> PackedLinear:
 @_pack_one.register(Int8Head)
 def _(module: Int8Linear | Int8Embedding | Int8Head) -> PackedLinear:
     return Int8Rows(module.weight, module.weight_scale)
+
+
+@_pack_one.register
+def _(module: Fp8Linear) -> PackedLinear:
+    return Fp8Rows(module.weight, module.weight_scale)
 
 
 @_pack_one.register

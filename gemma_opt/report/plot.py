@@ -82,6 +82,8 @@ def _draw_panel(axes: Axes, candidates: Sequence[Candidate], *, by: str) -> None
         ticks = [tick for tick in (1, 1.25, 1.5, 2, 3, 5, 8) if tick <= worst * 1.2]
         axes.set_yticks(ticks, [f"{tick:g} ×" for tick in ticks])
         axes.set_yticks([], minor=True)
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
     axes.margins(x=0.2, y=0.12)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

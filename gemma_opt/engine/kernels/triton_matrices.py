@@ -11,7 +11,7 @@ from torch.nn import functional
 from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, MOST_ROWS, Matrix, dequantize_int4, multiply
 from gemma_opt.engine.kernels.triton_tuning import Tuning
 from gemma_opt.engine.linear import linear
-from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights
+from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights
 
 
 class Unsupported(Exception):
@@ -29,8 +29,9 @@ def _(packed: FloatRows) -> Matrix:
     return Matrix(packed.weight)
 
 
-@matrix_of.register
-def _(packed: Int8Rows) -> Matrix:
+@matrix_of.register(Int8Rows)
+@matrix_of.register(Fp8Rows)
+def _(packed: Int8Rows | Fp8Rows) -> Matrix:
     return Matrix(packed.weight, packed.scale)
 
 

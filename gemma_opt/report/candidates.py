@@ -127,5 +127,6 @@ def _fastest(fitting: Sequence[Candidate]) -> Candidate | None:
 def _answer(budget: str, goal: str, chosen: Candidate | None, base: Candidate) -> Recommendation:
     if chosen is None:
         return Recommendation(budget, goal, None, "no measured recipe keeps this budget")
-    why = f"{chosen.bytes / base.bytes:.0%} of the bytes, {chosen.speed.ratio:.2f} × the speed, perplexity {round(chosen.loss, 3) + 0.0:+.1%}"
+    loss = round(chosen.loss, 3) + 0.0  # no minus before zero
+    why = f"{chosen.bytes / base.bytes:.0%} of the bytes, {chosen.speed.ratio:.2f} × the speed, perplexity {loss:+.1%}"
     return Recommendation(budget, goal, chosen.name, why)

@@ -39,6 +39,10 @@ def compiled(
 
     def build(capability: int) -> dict[str, int]:
         names = kernel.arg_names
+        if "early" in names:
+            constants["early"] = capability >= 90
+        if "ahead" in names:
+            constants["ahead"] = 512 if capability >= 90 else 0
         signature = {name: "constexpr" if name in constants else scalars.get(name, f"*{pointers.get(name)}") for name in names}
         aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in pointers}
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
@@ -65,7 +69,8 @@ def linear(
     constants = {
         "out_features": 10_240, "in_features": 2560, "gated": gated, "has_scale": kind != "bfloat16", "has_zero": has_zero,
         "group": group, "operand": tl.bfloat16, "splits": blocks.splits, "block_rows": rows, "block_out": blocks.outputs,
-        "block_in": blocks.inputs,
+        "block_in": blocks.inputs, "threads": 32 * blocks.warps,
+        "row_bytes": 2560 * (2 if kind == "bfloat16" else 1) // (2 if group else 1),
     }  # fmt: skip
     pointers = {
         "x": "bf16", "weight": DTYPES[kind], "scale": "bf16" if group else "fp32", "zero": "u8",

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma_opt.engine.kernels.triton_linear import operand_of
+from gemma_opt.engine.kernels.triton_overlap import overlaps, wait_for_input
 
 SPLITS = 16  # 4 KV heads × 16 runs half fill a large GPU at one row; a window of 1,024 is then one block of 64 a run
 BLOCK = 64  # positions
@@ -25,7 +26,9 @@ BLOCK = 64  # positions
 @triton.jit
 def _attend_kernel(query, slots, positions, keys, values, most, total, mixed, scale, window, heads: tl.constexpr,
                    kv_heads: tl.constexpr, head_dim: tl.constexpr, length: tl.constexpr, splits: tl.constexpr,
-                   operand: tl.constexpr, block_heads: tl.constexpr, block_dim: tl.constexpr, block: tl.constexpr):  # fmt: skip
+                   operand: tl.constexpr, block_heads: tl.constexpr, block_dim: tl.constexpr, block: tl.constexpr,
+                   early: tl.constexpr):  # fmt: skip
+    wait_for_input(early)
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     shared: tl.constexpr = heads // kv_heads
     h = tl.arange(0, block_heads)
@@ -65,7 +68,9 @@ def _attend_kernel(query, slots, positions, keys, values, most, total, mixed, sc
 
 
 @triton.jit
-def _join_kernel(most, total, mixed, out, head_dim: tl.constexpr, splits: tl.constexpr, block_dim: tl.constexpr):
+def _join_kernel(most, total, mixed, out, head_dim: tl.constexpr, splits: tl.constexpr, block_dim: tl.constexpr,
+                 early: tl.constexpr):  # fmt: skip
+    wait_for_input(early)
     at = tl.program_id(0)  # row · heads + head
     d = tl.arange(0, block_dim)
     s = tl.arange(0, splits)
@@ -103,13 +108,15 @@ def attend(query: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values
     """
     rows, heads, head_dim = query.shape
     _, kv_heads, length, _ = keys.shape
+    early = overlaps(query)
     block_dim = triton.next_power_of_2(head_dim)
     _attend_kernel[(rows, kv_heads, SPLITS)](
         query, slots, positions, keys, values, scratch.most, scratch.total, scratch.mixed, scale,
         length if window is None else window, heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=length, splits=SPLITS,
         operand=operand_of(query.dtype), block_heads=max(16, triton.next_power_of_2(heads // kv_heads)), block_dim=block_dim,
-        block=BLOCK, num_warps=4, num_stages=2,
+        block=BLOCK, num_warps=4, num_stages=2, early=early, launch_pdl=early,
     )  # fmt: skip
     _join_kernel[(rows * heads,)](
-        scratch.most, scratch.total, scratch.mixed, out, head_dim=head_dim, splits=SPLITS, block_dim=block_dim, num_warps=4
-    )
+        scratch.most, scratch.total, scratch.mixed, out, head_dim=head_dim, splits=SPLITS, block_dim=block_dim, num_warps=4,
+        early=early, launch_pdl=early,
+    )  # fmt: skip

@@ -12,10 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gemma_opt.engine.kernels.triton_overlap import overlaps, wait_for_input
+
 
 @triton.jit
 def _embed_kernel(tokens, table, scale, norm, residual, normed, eps, embedding_scale, hidden: tl.constexpr,
-                  has_scale: tl.constexpr, block: tl.constexpr):  # fmt: skip
+                  has_scale: tl.constexpr, block: tl.constexpr, early: tl.constexpr):  # fmt: skip
+    wait_for_input(early)
     row = tl.program_id(0)
     token = tl.load(tokens + row)
     d = tl.arange(0, block)
@@ -25,51 +28,46 @@ def _embed_kernel(tokens, table, scale, norm, residual, normed, eps, embedding_s
         x = (x * tl.load(scale + token)).to(residual.dtype.element_ty).to(tl.float32)
     x = (x * embedding_scale).to(residual.dtype.element_ty)
     tl.store(residual + row * hidden + d, x, mask=inside)
-    _store_normed(x, norm, normed, row, d, inside, eps, hidden)
+    _store_normed(x, tl.load(norm + d, mask=inside, other=0.0), normed, row, d, inside, eps, hidden)
 
 
 @triton.jit
 def _add_norm_kernel(partial, rows, post_norm, residual, next_norm, normed, eps, splits: tl.constexpr, hidden: tl.constexpr,
-                     block: tl.constexpr):  # fmt: skip
+                     block: tl.constexpr, early: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     d = tl.arange(0, block)
     inside = d < hidden
+    post_factor = tl.load(post_norm + d, mask=inside, other=0.0)
+    next_factor = tl.load(next_norm + d, mask=inside, other=0.0)
+    wait_for_input(early)
     total = tl.zeros((block,), tl.float32)
     for split in tl.static_range(splits):
         total += tl.load(partial + (split * rows + row) * hidden + d, mask=inside, other=0.0)
     y = total.to(residual.dtype.element_ty).to(tl.float32)
-    y = y * tl.rsqrt(tl.sum(y * y, 0) / hidden + eps) * tl.load(post_norm + d, mask=inside, other=0.0)
+    y = y * tl.rsqrt(tl.sum(y * y, 0) / hidden + eps) * post_factor
     y = y.to(residual.dtype.element_ty).to(tl.float32)
     x = tl.load(residual + row * hidden + d, mask=inside, other=0.0).to(tl.float32)
     x = (x + y).to(residual.dtype.element_ty)
     tl.store(residual + row * hidden + d, x, mask=inside)
-    _store_normed(x, next_norm, normed, row, d, inside, eps, hidden)
+    _store_normed(x, next_factor, normed, row, d, inside, eps, hidden)
 
 
 @triton.jit
-def _store_normed(x, norm, normed, row, d, inside, eps, hidden: tl.constexpr):
+def _store_normed(x, factor, normed, row, d, inside, eps, hidden: tl.constexpr):
     x = x.to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, 0) / hidden + eps) * tl.load(norm + d, mask=inside, other=0.0)
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / hidden + eps) * factor
     tl.store(normed + row * hidden + d, x.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _place_qkv_kernel(partial, rows, slots, positions, query_norm, key_norm, cos, sin, query, keys, values, eps,
                       splits: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr,
-                      length: tl.constexpr, block: tl.constexpr):  # fmt: skip
+                      length: tl.constexpr, block: tl.constexpr, early: tl.constexpr):  # fmt: skip
     """One head of one row: query heads first, then key heads, then value heads."""
     row, head = tl.program_id(0), tl.program_id(1)
     half: tl.constexpr = head_dim // 2
     d = tl.arange(0, block)
     inside = d < half
-    low = tl.zeros((block,), tl.float32)
-    high = tl.zeros((block,), tl.float32)
-    for split in tl.static_range(splits):
-        at = partial + ((split * rows + row) * (heads + 2 * kv_heads) + head) * head_dim + d
-        low += tl.load(at, mask=inside, other=0.0)
-        high += tl.load(at + half, mask=inside, other=0.0)
-    low = low.to(query.dtype.element_ty).to(tl.float32)
-    high = high.to(query.dtype.element_ty).to(tl.float32)
     is_query, is_value = head < heads, head >= heads + kv_heads
     is_key = (head >= heads) & (head < heads + kv_heads)
     norm_low = tl.load(query_norm + d, mask=inside & is_query, other=0.0) + tl.load(
@@ -78,6 +76,15 @@ def _place_qkv_kernel(partial, rows, slots, positions, query_norm, key_norm, cos
     norm_high = tl.load(query_norm + half + d, mask=inside & is_query, other=0.0) + tl.load(
         key_norm + half + d, mask=inside & is_key, other=0.0
     )
+    wait_for_input(early)
+    low = tl.zeros((block,), tl.float32)
+    high = tl.zeros((block,), tl.float32)
+    for split in tl.static_range(splits):
+        at = partial + ((split * rows + row) * (heads + 2 * kv_heads) + head) * head_dim + d
+        low += tl.load(at, mask=inside, other=0.0)
+        high += tl.load(at + half, mask=inside, other=0.0)
+    low = low.to(query.dtype.element_ty).to(tl.float32)
+    high = high.to(query.dtype.element_ty).to(tl.float32)
     factor = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / head_dim + eps)
     first = (low * factor * norm_low).to(query.dtype.element_ty).to(tl.float32)
     second = (high * factor * norm_high).to(query.dtype.element_ty).to(tl.float32)
@@ -102,18 +109,22 @@ def embed(tokens: Tensor, table: Tensor, scale: Tensor | None, norm: Tensor, res
           *, embedding_scale: float, eps: float) -> None:  # fmt: skip
     """residual [rows, hidden] becomes the scaled embeddings of tokens [rows], normed their RMSNorm with `norm`."""
     rows, hidden = residual.shape
+    early = overlaps(residual)
     _embed_kernel[(rows,)](
         tokens, table, table if scale is None else scale, norm, residual, normed, eps, embedding_scale,
         hidden=hidden, has_scale=scale is not None, block=triton.next_power_of_2(hidden), num_warps=8,
+        early=early, launch_pdl=early,
     )  # fmt: skip
 
 
 def add_norm(partial: Tensor, post_norm: Tensor, residual: Tensor, next_norm: Tensor, normed: Tensor, *, eps: float) -> None:
     """residual [rows, hidden] += RMSNorm(sum of partial [splits, rows, hidden]); normed becomes the next module's input."""
     splits, rows, hidden = partial.shape
+    early = overlaps(residual)
     _add_norm_kernel[(rows,)](
         partial, rows, post_norm, residual, next_norm, normed, eps,
         splits=splits, hidden=hidden, block=triton.next_power_of_2(hidden), num_warps=8,
+        early=early, launch_pdl=early,
     )  # fmt: skip
 
 
@@ -127,8 +138,9 @@ def place_qkv(partial: Tensor, slots: Tensor, positions: Tensor, query_norm: Ten
     splits, rows, _ = partial.shape
     _, heads, head_dim = query.shape
     _, kv_heads, length, _ = keys.shape
+    early = overlaps(query)
     _place_qkv_kernel[(rows, heads + 2 * kv_heads)](
         partial, rows, slots, positions, query_norm, key_norm, cos, sin, query, keys, values, eps,
         splits=splits, heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=length,
-        block=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        block=triton.next_power_of_2(head_dim // 2), num_warps=1, early=early, launch_pdl=early,
     )  # fmt: skip

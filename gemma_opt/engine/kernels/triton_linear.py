@@ -2,8 +2,8 @@
 # Kernel bodies are Triton's language in Python's clothes, and launches take options that no signature shows.
 """y = x · Wᵀ for few rows of x, where the time is that of reading W: one kernel for every stored format.
 
-Weights are read once for all rows, converted in registers and multiplied on the matrix units. Up to 16 rows run the very
-same program, absent rows masked, and every sum has one fixed order: a row's result does not depend on its neighbours. Thin
+Weights are read once for all rows, converted in registers and multiplied on the matrix units. Tiles have 8, 16, 32 or 64
+rows, absent ones masked, and every sum has one order whatever the tile: a row's result does not depend on its neighbours. Thin
 matrices are split along the input into partial results that the next kernel adds in order (`splits`); nothing is atomic.
 
 Layouts are the checkpoint's: int8 and fp8 with one scale per row; int4 two columns a byte, the even one in the low nibble,
@@ -13,6 +13,7 @@ with one scale (and zero point) per group of columns. Without zero points the st
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -20,7 +21,11 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-FEW_ROWS = 16  # the smallest tile of the matrix units: 1 to 16 rows cost the same
+from gemma_opt.engine.kernels.triton_overlap import overlaps, prefetch_rows, wait_for_input
+
+LEAST_ROWS = 8  # the smallest tile of the matrix units: 1 to 8 rows cost the same
+FEW_ROWS = 16  # up to here a step is bound by reading the weights
+AHEAD = 2**16  # bytes that a program has fetched into the L2 cache while it waits for its input
 MOST_ROWS = 64  # rows of one tile; more than that are several tiles, which read the weights again (from the L2 cache)
 
 
@@ -57,6 +62,11 @@ class Matrix:
     def in_features(self) -> int:
         """Length of x."""
         return self.weight.shape[1] * (2 if self.group else 1)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the weights of one row."""
+        return self.weight.shape[1] * self.weight.element_size()
 
     @property
     def bytes(self) -> int:
@@ -113,13 +123,22 @@ def _int4_tile(weight, scale, zero, o, first, outputs, in_features: tl.constexpr
 def _linear_kernel(x, weight, scale, zero, out, rows, out_features: tl.constexpr, in_features: tl.constexpr,
                    gated: tl.constexpr, has_scale: tl.constexpr, has_zero: tl.constexpr, group: tl.constexpr,
                    operand: tl.constexpr, splits: tl.constexpr, block_rows: tl.constexpr, block_out: tl.constexpr,
-                   block_in: tl.constexpr):  # fmt: skip
+                   block_in: tl.constexpr, early: tl.constexpr, row_bytes: tl.constexpr, ahead: tl.constexpr,
+                   threads: tl.constexpr):  # fmt: skip
     """One tile of out: [splits, rows, out_features]. gated: W holds gate over up, and out is gelu(gate) · up."""
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     o = tl.program_id(1) * block_out + tl.arange(0, block_out)
     split = tl.program_id(2)
     steps: tl.constexpr = (in_features + block_in * splits - 1) // (block_in * splits)
     even: tl.constexpr = in_features % (block_in * splits) == 0
+    if ahead:
+        bytes_ = weight.to(tl.pointer_type(tl.uint8))
+        begin = split * (row_bytes // splits)
+        prefetch_rows(bytes_, tl.program_id(1) * block_out, out_features, row_bytes, begin, ahead, block_out, threads)
+        if gated:
+            above_bytes = bytes_ + out_features * row_bytes
+            prefetch_rows(above_bytes, tl.program_id(1) * block_out, out_features, row_bytes, begin, ahead, block_out, threads)
+    wait_for_input(early)
     acc = tl.zeros((block_out, block_rows), tl.float32)
     above = tl.zeros((block_out, block_rows), tl.float32)
     for step in range(steps):
@@ -170,26 +189,39 @@ def _dequantize_kernel(weight, scale, zero, out, out_features: tl.constexpr, in_
     tl.store(out + o[:, None].to(tl.int64) * in_features + k[None, :], w.to(out.dtype.element_ty), mask=mask)
 
 
-def multiply(matrix: Matrix, x: Tensor, out: Tensor, blocks: Blocks, *, gated: bool = False) -> None:
+def multiply(
+    matrix: Matrix, x: Tensor, out: Tensor, blocks: Blocks, *, gated: bool = False, compile_only: bool = False
+) -> None:
     """Fill out with x · Wᵀ.
 
     x: [rows, in], contiguous. out: [splits, rows, out_features], whose sum over splits is the result; gated (splits = 1):
     [1, rows, out_features / 2], gelu(gate) · up, where W is gate over up. Products of bfloat16 activations are those of
-    bfloat16 operands summed in float32; float32 activations compute in float32.
+    bfloat16 operands summed in float32; float32 activations compute in float32. compile_only: launch nothing.
     """
     splits, rows, width = out.shape
     if splits != blocks.splits or (gated and splits != 1):
         raise ValueError(f"out has {splits} partial results, the blocks make {blocks.splits}, gated ones 1")
+    early = overlaps(x)
     block_in = max(blocks.inputs, matrix.group)
-    block_rows = FEW_ROWS if rows <= FEW_ROWS else min(MOST_ROWS, triton.next_power_of_2(rows))
+    least = FEW_ROWS if knobs.runtime.interpret else LEAST_ROWS  # numpy's products do depend on the tile
+    block_rows = min(MOST_ROWS, max(least, triton.next_power_of_2(rows)))
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, blocks.outputs), splits)
-    _linear_kernel[grid](
+    launch = partial(_linear_kernel.warmup, grid=grid) if compile_only else _linear_kernel[grid]
+    launch(
         x, matrix.weight, _given(matrix.scale, x), _given(matrix.zero, x), out, rows,
         out_features=width, in_features=matrix.in_features, gated=gated, has_scale=matrix.scale is not None,
         has_zero=matrix.zero is not None, group=matrix.group, operand=operand_of(x.dtype), splits=splits,
-        block_rows=block_rows, block_out=blocks.outputs, block_in=block_in,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        block_rows=block_rows, block_out=blocks.outputs, block_in=block_in, early=early, row_bytes=matrix.row_bytes,
+        ahead=_ahead(matrix.row_bytes, blocks) if early else 0, threads=32 * blocks.warps,
+        num_warps=blocks.warps, num_stages=blocks.stages, launch_pdl=early,
     )  # fmt: skip
+
+
+def _ahead(row_bytes: int, blocks: Blocks) -> int:
+    """Bytes of each row that a program has fetched before it may begin; pieces that the copy engine takes are of 16."""
+    if row_bytes % (16 * blocks.splits):
+        return 0
+    return min(row_bytes // blocks.splits, AHEAD // blocks.outputs) // 16 * 16
 
 
 def dequantize_int4(matrix: Matrix, dtype: torch.dtype) -> Tensor:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, MOST_ROWS, Matrix, dequantize_int4, multiply
+from gemma_opt.engine.kernels.triton_linear import LEAST_ROWS, MOST_ROWS, Matrix, dequantize_int4, multiply
 from gemma_opt.engine.kernels.triton_tuning import Tuning
 from gemma_opt.engine.linear import linear
 from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights
+
+TILES = tuple(2**power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length()))  # of rows
 
 
 class Unsupported(Exception):
@@ -73,7 +75,7 @@ class TritonLinear:
         """Compile what a prompt of any length may need, so that no request waits for it: one product of every kind."""
         kinds = {(matrix.key, matrix.scale is None): matrix for matrix, _ in uses_of(weights)}
         for matrix in kinds.values():
-            for rows in (1, FEW_ROWS + 1, MOST_ROWS):
+            for rows in TILES:
                 self._few(matrix, torch.zeros(rows, matrix.in_features, dtype=weights.dtype, device=weights.device))
             if matrix.group:
                 dequantize_int4(matrix, weights.dtype)

@@ -10,11 +10,13 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 
 from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, multiply
 
@@ -23,8 +25,8 @@ log = logging.getLogger(__name__)
 CANDIDATES = tuple(
     Blocks(outputs, inputs, splits, warps, stages)
     for outputs, inputs, warps, stages in (
-        (16, 256, 2, 4), (16, 512, 4, 4), (32, 128, 2, 5), (32, 256, 4, 4), (64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 4),
-        (128, 128, 8, 4),
+        (16, 256, 1, 4), (16, 512, 1, 4), (16, 256, 2, 4), (32, 128, 2, 5), (32, 256, 2, 4), (32, 512, 2, 3), (32, 256, 4, 4),
+        (64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3), (64, 256, 4, 5), (128, 128, 4, 4), (128, 128, 8, 5),
     )
     for splits in (1, 2, 4)
 )  # fmt: skip
@@ -58,6 +60,7 @@ class Tuning:
         for matrix, gated in uses:
             kinds.setdefault(self._key(matrix, gated), []).append((matrix, gated))
         missing = {key: alike for key, alike in kinds.items() if key not in self._chosen}
+        self._compile([alike[0] for alike in missing.values()])
         for key, alike in missing.items():
             self._chosen[key] = self._fastest([matrix for matrix, _ in alike], gated=alike[0][1])
             log.info("blocks of %s: %s", key, self._chosen[key])
@@ -65,7 +68,7 @@ class Tuning:
 
     def save(self, folder: Path) -> None:
         """Write the choices for this torch, Triton and GPU."""
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         choices = {key: asdict(blocks) for key, blocks in sorted(self._chosen.items())}
         (folder / file_name()).write_text(json.dumps(choices, indent=1) + "\n", "utf-8")
 
@@ -77,26 +80,42 @@ class Tuning:
             return Tuning(dtype)
         return Tuning(dtype, {key: Blocks(**value) for key, value in json.loads(file.read_text("utf-8")).items()})
 
+    def _compile(self, uses: Sequence[tuple[Matrix, bool]]) -> None:
+        """Compile every candidate, on all cores at once: most of what measuring takes.
+
+        What cannot be compiled fails again where it is timed.
+        """
+        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            for matrix, gated in uses:
+                for blocks in _candidates(gated=gated):
+                    multiply(matrix, *self._operands(matrix, blocks, gated=gated), blocks, gated=gated, compile_only=True)
+
+    def _operands(self, matrix: Matrix, blocks: Blocks, *, gated: bool) -> tuple[Tensor, Tensor]:
+        """One random row, and where its product goes."""
+        x = torch.randn(1, matrix.in_features, device=matrix.weight.device).to(self._dtype)
+        width = matrix.out_features // 2 if gated else matrix.out_features
+        return x, torch.empty(blocks.splits, 1, width, device=x.device, dtype=self._dtype if gated else torch.float32)
+
     def _fastest(self, matrices: Sequence[Matrix], *, gated: bool) -> Blocks:
-        timings = {
-            blocks: self._time(matrices, blocks, gated=gated) for blocks in CANDIDATES if not (gated and blocks.splits > 1)
-        }
+        timings = {blocks: self._time(matrices, blocks, gated=gated) for blocks in _candidates(gated=gated)}
         return min(timings, key=lambda blocks: timings[blocks])
 
     def _time(self, matrices: Sequence[Matrix], blocks: Blocks, *, gated: bool) -> float:
         """Seconds of one row through all the matrices; infinite for blocks that the GPU cannot hold."""
-        first = matrices[0]
-        x = torch.randn(1, first.in_features, device=first.weight.device).to(self._dtype)
-        width = first.out_features // 2 if gated else first.out_features
-        out = torch.empty(blocks.splits, 1, width, device=x.device, dtype=self._dtype if gated else torch.float32)
+        x, out = self._operands(matrices[0], blocks, gated=gated)
         try:
-            multiply(first, x, out, blocks, gated=gated)
+            multiply(matrices[0], x, out, blocks, gated=gated)
         except triton.runtime.errors.OutOfResources:
             return float("inf")
         return time_captured(lambda: [multiply(matrix, x, out, blocks, gated=gated) for matrix in matrices])
 
     def _key(self, matrix: Matrix, gated: bool) -> str:
         return f"{matrix.key}{':gated' if gated else ''}:{str(self._dtype)[6:]}"
+
+
+def _candidates(*, gated: bool) -> list[Blocks]:
+    """A gated product is needed whole where it ends, so it cannot be split."""
+    return [blocks for blocks in CANDIDATES if not (gated and blocks.splits > 1)]
 
 
 def default_blocks(matrix: Matrix, *, gated: bool) -> Blocks:

@@ -1,0 +1,52 @@
+# pyright: basic, reportCallIssue=false
+# Kernel bodies are Triton's language in Python's clothes, and launches take options that no signature shows.
+"""Kernels that start while the one before them still runs: programmatic dependent launch, compute capability 9.0 and later.
+
+A decode step is a chain of short kernels, and between two of them the memory would rest. So every kernel of the chain lets
+its successor start at once, has its own weights fetched into the L2 cache, and only then waits for its predecessor's
+results. All of a kernel's programs wait, so when a kernel has ended, all before it have: what it overwrites nobody reads.
+Before the wait a kernel may read weights and nothing else. On older GPUs and on the interpreter none of this is compiled.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+OLDEST = (9, 0)
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether kernels on this tensor's device can start early: their `early`, and the launch option `launch_pdl`."""
+    return x.is_cuda and not knobs.runtime.interpret and torch.cuda.get_device_capability(x.device) >= OLDEST
+
+
+@triton.jit
+def wait_for_input(early: tl.constexpr):
+    """Let the next kernel start, then wait until all before this one have ended."""
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def prefetch_rows(first, row, rows, row_bytes: tl.constexpr, begin, length: tl.constexpr, block_rows: tl.constexpr,
+                  threads: tl.constexpr):  # fmt: skip
+    """Have bytes [begin, begin + length) of the rows `row` to `row` + block_rows fetched into the L2 cache; returns at once.
+
+    first: pointer to a byte type. Every thread asks for one piece of one row. begin, length, row_bytes: multiples of 16.
+    """
+    pieces: tl.constexpr = (threads + block_rows - 1) // block_rows
+    piece_bytes: tl.constexpr = (length + 16 * pieces - 1) // (16 * pieces) * 16
+    index = tl.arange(0, pieces * block_rows)
+    wanted = tl.minimum(row + index // pieces, rows - 1).to(tl.int64)
+    at = tl.minimum(index % pieces * piece_bytes, length - piece_bytes)
+    size = tl.full((pieces * block_rows,), piece_bytes, tl.int32)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+        [(first + (wanted * row_bytes + begin + at)).to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

@@ -29,12 +29,13 @@ from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.core import picture_spans
 from gemma_opt.engine.forward import TextModel
 from gemma_opt.engine.interface import SamplingParams
+from gemma_opt.engine.kernels import arrangement
 from gemma_opt.engine.pictures import picture_encoder
 from gemma_opt.engine.weights import take_weights
 from gemma_opt.evaluation.agreement import chart_prompts, kl_divergence, text_prompts
 from gemma_opt.evaluation.perplexity import Passage, builtin_text, prediction_logits
 from gemma_opt.evaluation.suite import Measures, evaluate
-from gemma_opt.gemma import stop_token_ids
+from gemma_opt.gemma import stop_token_ids, weights_device
 from gemma_opt.loading import Ready, Source, dense_recipe, resolve
 from gemma_opt.prompt import EncodedPrompt
 from gemma_opt.recipe import BaseModelSection
@@ -119,7 +120,7 @@ class EngineCheck:
 def check_engine(service: Service, prompts: Sequence[EncodedPrompt], tokens: int) -> EngineCheck:
     """Let the engine answer, and look at every token and every logit with transformers' eyes."""
     ready = service.ready
-    weights = take_weights(ready.model, release=False)
+    weights = take_weights(ready.model, release=False, arrange=arrangement(weights_device(ready.model)))
     longest = max(len(prompt.token_ids) for prompt in prompts) + tokens
     model = TextModel(weights, KvCache(weights, slots=1, context=longest))
     sampling = SamplingParams(max_new_tokens=tokens, min_new_tokens=tokens, temperature=0)

@@ -20,6 +20,7 @@ from gemma_opt import checkpoint, gemma, inspection, pipeline
 from gemma_opt.calibration import CalibrationData, Store, draw_samples, sources_identity
 from gemma_opt.distill import DistillData
 from gemma_opt.engine.compilation import save_artifacts
+from gemma_opt.engine.kernels import arrangement
 from gemma_opt.engine.kernels.gpu import keeping_compiled, tune
 from gemma_opt.engine.weights import take_weights
 from gemma_opt.errors import WeightsError
@@ -108,7 +109,7 @@ def build(
         layers = inspection.measure(loaded.model, plan)
         checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
         if recipe.engine.kind == "fast" and place.type == "cuda":
-            tune(take_weights(loaded.model, release=False), folder / checkpoint.COMPILE_CACHE)
+            tune(take_weights(loaded.model, release=False, arrange=arrangement(place)), folder / checkpoint.COMPILE_CACHE)
         del loaded
         with keeping_compiled(folder / checkpoint.COMPILE_CACHE):
             service = Service.load(Source(recipe, folder), device)

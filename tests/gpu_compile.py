@@ -62,35 +62,33 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {"registers": int(registers), "stack": int(stack)}
 
 
-def linear(
-    kind: str, blocks: Blocks, *, gated: bool = False, group: int = 0, has_zero: bool = False, rows: int = 16
-) -> Compile:
+def linear(kind: str, blocks: Blocks, *, gated: bool = False, group: int = 0, rows: int = 8) -> Compile:
     """The product of a [10240, 2560] matrix."""
     constants = {
-        "out_features": 10_240, "in_features": 2560, "gated": gated, "has_scale": kind != "bfloat16", "has_zero": has_zero,
-        "group": group, "operand": tl.bfloat16, "splits": blocks.splits, "block_rows": rows, "block_out": blocks.outputs,
-        "block_in": blocks.inputs, "threads": 32 * blocks.warps,
+        "out_features": 10_240, "in_features": 2560, "gated": gated, "operand": tl.bfloat16, "splits": blocks.splits,
+        "block_rows": rows, "block_out": blocks.outputs, "threads": 32 * blocks.warps,
         "row_bytes": 2560 * (2 if kind == "bfloat16" else 1) // (2 if group else 1),
+        **({"group": group, "half": 128} if group else {"has_scale": kind != "bfloat16", "block_in": blocks.inputs}),
     }  # fmt: skip
     pointers = {
-        "x": "bf16", "weight": DTYPES[kind], "scale": "bf16" if group else "fp32", "zero": "u8",
-        "out": "bf16" if gated else "fp32",
+        "x": "bf16", "weight": DTYPES[kind], "scale": "i32" if group else "fp32", "out": "bf16" if gated else "fp32",
     }  # fmt: skip
-    return compiled(triton_linear._linear_kernel, pointers, {"rows": "i32"}, constants, blocks.warps)
+    kernel = triton_linear._int4_kernel if group else triton_linear._linear_kernel
+    return compiled(kernel, pointers, {"rows": "i32"}, constants, blocks.warps)
 
 
 KERNELS: dict[str, Compile] = {
     "int8": linear("int8", Blocks(splits=4)),
-    "int8 gated": linear("int8", Blocks(outputs=32), gated=True),
-    "bfloat16": linear("bfloat16", Blocks(outputs=32)),
+    "int8 gated": linear("int8", Blocks(outputs=16, warps=1), gated=True),
+    "bfloat16": linear("bfloat16", Blocks()),
     "fp8": linear("fp8", Blocks(splits=2)),
     "int4 of 128": linear("int4", Blocks(splits=4), group=128),
-    "int4 of 32, zero points, gated": linear("int4", Blocks(outputs=32), gated=True, group=32, has_zero=True),
+    "int4 of 32, gated": linear("int4", Blocks(), gated=True, group=32),
     "int8, 64 rows": linear("int8", Blocks(), rows=64),
     "dequantize int4": compiled(
-        triton_linear._dequantize_kernel, {"weight": "u8", "scale": "bf16", "zero": "u8", "out": "bf16"}, {},
-        {"out_features": 10_240, "in_features": 2560, "group": 32, "has_zero": True, "operand": tl.bfloat16, "block_out": 32,
-         "block_in": 128}, warps=4,
+        triton_linear._dequantize_kernel, {"weight": "u8", "scale": "i32", "out": "bf16"}, {},
+        {"out_features": 10_240, "in_features": 2560, "group": 32, "half": 128, "row_bytes": 1280, "operand": tl.bfloat16,
+         "block_out": 32}, warps=4,
     ),
     "attention": compiled(
         triton_attention._attend_kernel,

@@ -25,11 +25,21 @@ from gemma_opt.engine.forward import TextModel, rms_norm
 from gemma_opt.engine.kernels import triton_attention, triton_layer
 from gemma_opt.engine.kernels.triton_decode import TritonDecode
 from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, dequantize_int4, multiply
-from gemma_opt.engine.kernels.triton_matrices import TritonLinear
+from gemma_opt.engine.kernels.triton_matrices import TritonLinear, arrange, matrix_of
 from gemma_opt.engine.kernels.triton_tuning import Tuning, default_blocks, file_name
 from gemma_opt.engine.linear import linear
 from gemma_opt.engine.rope import RopeTables, rope_table, rotate
-from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights, take_weights
+from gemma_opt.engine.weights import (
+    FloatRows,
+    Fp8Rows,
+    Int4Halves,
+    Int4Rows,
+    Int8Rows,
+    PackedLinear,
+    Stacked,
+    TextWeights,
+    take_weights,
+)
 from gemma_opt.recipe import Recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,17 +67,14 @@ def matrix(kind: str, outputs: int, inputs: int) -> tuple[Matrix, Tensor]:
         offset = (8.0 if zero is None else zero.double()) * torch.ones(scale.shape, dtype=torch.float64)
         wide = [part.double().repeat_interleave(group, 1) for part in (offset, scale)]
         meant = (nibbles.double() - wide[0]) * wide[1]
-        return on_device(Matrix(packed, scale, zero, group)), meant
+        return matrix_of(
+            Int4Halves.of(Int4Rows(packed.to(DEVICE), scale.to(DEVICE), None if zero is None else zero.to(DEVICE)))
+        ), meant
     weight = torch.randn(outputs, inputs, generator=draw) * 30
     scale = None if kind in ("float32", "bfloat16") else torch.rand(outputs, generator=draw) + 0.5
     weight = weight.round().clamp(-127, 127).to(torch.int8) if kind == "int8" else weight.to(getattr(torch, kind))
     meant = weight.float().double() * (1.0 if scale is None else scale.double()[:, None])
-    return on_device(Matrix(weight, scale)), meant
-
-
-def on_device(parts: Matrix) -> Matrix:
-    moved = [part if part is None else part.to(DEVICE) for part in (parts.weight, parts.scale, parts.zero)]
-    return replace(parts, weight=moved[0], scale=moved[1], zero=moved[2])
+    return Matrix(weight.to(DEVICE), inputs, None if scale is None else scale.to(DEVICE)), meant
 
 
 def error(found: Tensor, meant: Tensor) -> float:
@@ -206,6 +213,20 @@ def test_attention_reads_the_valid_positions_and_nothing_else(
     assert error(out.view_as(meant), meant) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("group", "columns", "half"), [(32, 512, 128), (32, 384, 64), (64, 384, 64), (32, 96, 32), (128, 256, 128), (128, 384, 128)]
+)
+def test_rearranged_int4_weights_are_the_same_weights(group: int, columns: int, half: int) -> None:
+    """384 columns are three groups of 128: the last block has an empty half."""
+    draw = seeded()
+    scale = (torch.rand(5, columns // group, generator=draw) + 0.5).to(torch.bfloat16)
+    for zero in (None, torch.randint(0, 16, scale.shape, generator=draw).to(torch.uint8)):
+        rows = Int4Rows(torch.randint(0, 256, (5, columns // 2), generator=draw).to(torch.uint8), scale, zero)
+        halves = Int4Halves.of(rows)
+        assert halves.half == half
+        assert torch.equal(halves.dequantize(), rows.dequantize())
+
+
 @pytest.mark.parametrize(("group", "has_zero"), [(32, True), (128, False)])
 def test_int4_weights_dequantize_to_what_the_torch_operations_make_of_them(group: int, has_zero: bool) -> None:
     stored, meant = matrix(f"int4-{group}{'z' if has_zero else ''}", 35, 384)
@@ -230,14 +251,14 @@ def packed_as(stored: Matrix) -> PackedLinear:
     if stored.scale is None:
         return FloatRows(stored.weight)
     if stored.group:
-        return Int4Rows(stored.weight, stored.scale, stored.zero)
+        return Int4Halves(stored.weight, stored.scale, stored.group, stored.half, stored.in_features)
     rows = Int8Rows if stored.weight.dtype == torch.int8 else Fp8Rows
     return rows(stored.weight, stored.scale)
 
 
 def test_default_blocks_fill_the_gpu_and_leave_every_split_work() -> None:
     def blocks(outputs: int, inputs: int, *, gated: bool = False) -> Blocks:
-        return default_blocks(Matrix(torch.empty(outputs, inputs, dtype=torch.int8, device="meta")), gated=gated)
+        return default_blocks(Matrix(torch.empty(outputs, inputs, dtype=torch.int8, device="meta"), inputs), gated=gated)
 
     assert blocks(2560, 10_240).splits == 4
     assert blocks(262_208, 2560).splits == 1
@@ -263,7 +284,7 @@ def packed_model(stored: str) -> TextWeights:
         base = {"base": "small-gemma3", "dtype": "float32"}
         tree = {"name": "test", "model": base, "quantization": {"default": {"format": "int4", "group": 32}, "roles": roles}}
         pipeline.compress(model, Recipe.from_tree(tree, "test"))
-    weights = take_weights(model.to(DEVICE), release=True)
+    weights = take_weights(model.to(DEVICE), release=True, arrange=arrange)
     return replace(weights, layers=weights.layers[-2:])
 
 

@@ -23,6 +23,7 @@ from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import TextModel
 from gemma_opt.engine.graphs import RecordedSteps
 from gemma_opt.engine.interface import SamplingParams
+from gemma_opt.engine.kernels import arrangement
 from gemma_opt.engine.kernels.gpu import keeping_compiled, tune
 from gemma_opt.engine.weights import TextWeights, take_weights
 
@@ -44,7 +45,7 @@ def run(results: Results, shape: str, formats: tuple[str, ...] = FORMATS) -> Non
 def measure(shape: str, stored: str, ceiling: float) -> dict[str, object]:
     """Setup seconds, then every number of rows at POSITION tokens of context."""
     reset_peak()
-    weights = take_weights(random_model(shape, stored), release=True)
+    weights = take_weights(random_model(shape, stored), release=True, arrange=arrangement(DEVICE))
     started = time.monotonic()
     tune(weights, COMPILE_CACHE)
     tuned = time.monotonic()

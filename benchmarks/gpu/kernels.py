@@ -10,9 +10,9 @@ from benchmarks.gpu.common import DEVICE, Results, copy_gb_s, reset_peak
 from benchmarks.synthetic import random_linear, text_config
 from gemma_opt.engine.kernels.triton_attention import Scratch, attend
 from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, Matrix, multiply
-from gemma_opt.engine.kernels.triton_matrices import matrix_of
+from gemma_opt.engine.kernels.triton_matrices import arrange, matrix_of
 from gemma_opt.engine.kernels.triton_tuning import Tuning, time_captured
-from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, PackedLinear
+from gemma_opt.engine.weights import FloatRows, Int4Halves, Int4Rows, Int8Rows, PackedLinear
 
 ROWS = (1, 2, 4, 8, 16)
 COLD_BYTES = 256 << 20  # of copies, so that none comes out of the L2 cache
@@ -88,8 +88,11 @@ def on_gpu(packed: PackedLinear) -> PackedLinear:
         case Int8Rows():
             return Int8Rows(packed.weight.to(DEVICE, copy=True), packed.scale.to(DEVICE))
         case Int4Rows():
-            zero = None if packed.zero is None else packed.zero.to(DEVICE)
-            return Int4Rows(packed.packed.to(DEVICE, copy=True), packed.scale.to(DEVICE), zero)
+            return arrange(
+                Int4Rows(
+                    packed.packed.to(DEVICE), packed.scale.to(DEVICE), None if packed.zero is None else packed.zero.to(DEVICE)
+                )
+            )
         case _:
             raise TypeError(f"no random {type(packed).__name__}")
 
@@ -105,8 +108,10 @@ def relative_error(found: Tensor, matrix: Matrix, x: Tensor, *, gated: bool) -> 
         if matrix.scale is None:
             return x.double() @ matrix.weight[rows].double().T
         if matrix.group:
-            zero = None if matrix.zero is None else matrix.zero[rows]
-            return x.double() @ Int4Rows(matrix.weight[rows], matrix.scale[rows], zero).dequantize().double().T
+            halves = Int4Halves(
+                matrix.weight[rows], matrix.scale[:, rows].contiguous(), matrix.group, matrix.half, matrix.in_features
+            )
+            return x.double() @ halves.dequantize().double().T
         return (x.double() @ matrix.weight[rows].double().T) * matrix.scale[rows].double()
 
     meant = exact(some)

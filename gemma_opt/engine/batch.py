@@ -58,6 +58,7 @@ class Batch:
         self.stops_from = torch.zeros(slots, dtype=torch.int64, device=device)  # first position that may hold a stop token
         self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
         self.rows = SamplingRows.empty(slots, device)
+        self._yes = torch.ones((), dtype=torch.bool, device=device)  # a Python True would be copied to the GPU in every step
         self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
         self._samplings = [SamplingParams(temperature=0)] * slots
 
@@ -73,7 +74,7 @@ class Batch:
         """Make `tokens` the last ones of their slots, at `positions`. All [rows]."""
         self.tokens[slots] = tokens
         self.positions[slots] = positions
-        self.seen[slots, tokens] = True
+        self.seen[slots, tokens] = self._yes
 
     def level(self, slots: Sequence[int]) -> Level:
         """The lowest level that serves the requests in these slots."""

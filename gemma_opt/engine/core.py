@@ -24,6 +24,7 @@ from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
 from gemma_opt.engine.forward import TextModel
 from gemma_opt.engine.graphs import steps_of
 from gemma_opt.engine.interface import EngineRequest, FinishReason
+from gemma_opt.engine.kernels import arrangement
 from gemma_opt.engine.lookup import PromptLookup
 from gemma_opt.engine.pictures import PictureCache, picture_encoder
 from gemma_opt.engine.prefixes import Cut, Prefixes, cuts_of
@@ -31,7 +32,7 @@ from gemma_opt.engine.queueing import EngineThread, QueuedGeneration, warm_up
 from gemma_opt.engine.scheduler import Chunk, Scheduler, Span, chunk_ends
 from gemma_opt.engine.weights import take_weights
 from gemma_opt.errors import CompileError, EngineError, GemmaOptError, InputError, PromptTooLong
-from gemma_opt.gemma import GemmaModel, stop_token_ids, vision_tower
+from gemma_opt.gemma import GemmaModel, stop_token_ids, vision_tower, weights_device
 from gemma_opt.recipe import Compile, EngineSection
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ class _Runner:
         self._stop_ids = stop_token_ids(model)
         self._image_token_id = getattr(model.config, "image_token_id", None)
         self._pictures = PictureCache(picture_encoder(model)) if vision_tower(model) is not None else None
-        weights = take_weights(model, release=not keep_layers)
+        weights = take_weights(model, release=not keep_layers, arrange=arrangement(weights_device(model)))
         self._device = weights.device
         cache = KvCache(weights, slots=settings.slots, context=settings.context, slack=settings.lookup)
         self._cache = cache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Rows, Int8Rows, ModuleRows, PackedLinear, Stacked
+from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Halves, Int4Rows, Int8Rows, ModuleRows, PackedLinear, Stacked
 
 
 @singledispatch
@@ -31,8 +31,9 @@ def _(packed: Int8Rows | Fp8Rows, x: Tensor) -> Tensor:
     return (functional.linear(x, packed.weight.to(x.dtype)) * packed.scale).to(x.dtype)
 
 
-@linear.register
-def _(packed: Int4Rows, x: Tensor) -> Tensor:
+@linear.register(Int4Rows)
+@linear.register(Int4Halves)
+def _(packed: Int4Rows | Int4Halves, x: Tensor) -> Tensor:
     return functional.linear(x, packed.dequantize().to(x.dtype))
 
 

@@ -7,17 +7,20 @@ each other, so scales per row or per group of a row stay what they were. Norm we
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gemma_opt.errors import EngineError
 from gemma_opt.gemma import GemmaModel, text_layers
 from gemma_opt.quantization.linear import Fp8Linear, Int4Linear, Int8Linear
 from gemma_opt.quantization.table import Int8Embedding, Int8Head
+
+HALVES = (128, 64, 32)  # bytes of a block of Int4Halves: as long as fits, for wide loads
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,48 @@ class Int4Rows:
 
 
 @dataclass(frozen=True)
+class Int4Halves:
+    """The weights of `Int4Rows` in the order that GPU kernels read: two runs of columns in the nibbles of one run of bytes.
+
+    packed: uint8 [out, blocks · half]; of each block of 2 · half columns, byte j holds column j in its low nibble and column
+    half + j in its high one. steps: int32 [groups, out], two bfloat16 numbers: 128 + zero point above the scale. Columns
+    beyond in_features, which fill the last block up, have the scale 0.
+    """
+
+    packed: Tensor
+    steps: Tensor
+    group: int
+    half: int
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        """Length of y."""
+        return self.packed.shape[0]
+
+    @staticmethod
+    def of(rows: Int4Rows) -> Int4Halves:
+        """Rearrange; the tensors are new."""
+        group, groups = rows.group, rows.scale.shape[1]
+        half = next((size for size in HALVES if size >= group and group * groups % (2 * size) == 0), group)
+        missing = -groups % (2 * half // group)
+        nibbles = torch.stack((rows.packed & 15, rows.packed >> 4), dim=-1).flatten(1)
+        low, high = functional.pad(nibbles, (0, missing * group)).view(rows.out_features, -1, 2, half).unbind(2)
+        zero = torch.full_like(rows.scale, 8) if rows.zero is None else rows.zero.to(torch.bfloat16)
+        words = torch.stack((rows.scale, zero + 128), dim=-1).view(torch.int32)[..., 0]
+        steps = functional.pad(words, (0, missing)).T.contiguous()
+        return Int4Halves((low | high << 4).flatten(1), steps, group, half, group * groups)
+
+    def dequantize(self) -> Tensor:
+        """The weight as float32 [out, in]."""
+        numbers = self.steps.T.contiguous()[..., None].view(torch.bfloat16).float()
+        blocks = self.packed.view(self.out_features, -1, self.half)
+        nibbles = torch.stack((blocks & 15, blocks >> 4), dim=2).view(*numbers.shape[:2], self.group)
+        weight = (nibbles + 128 - numbers[..., 1:]) * numbers[..., :1]
+        return weight.flatten(1)[:, : self.in_features]
+
+
+@dataclass(frozen=True)
 class ModuleRows:
     """A linear of a format without a packed form here (quantized inputs, low rank): its own module computes it."""
 
@@ -111,7 +156,9 @@ class Stacked:
         return sum(part.out_features for part in self.parts)
 
 
-PackedLinear = FloatRows | Int8Rows | Fp8Rows | Int4Rows | ModuleRows | Stacked
+PackedLinear = FloatRows | Int8Rows | Fp8Rows | Int4Rows | Int4Halves | ModuleRows | Stacked
+Arrange = Callable[[PackedLinear], PackedLinear]
+"""Puts a packed linear into the order that a device's kernels read."""
 
 
 @dataclass(frozen=True)
@@ -174,9 +221,15 @@ class TextWeights:
         return self.final_norm.device
 
 
-def take_weights(model: GemmaModel, *, release: bool) -> TextWeights:
+def as_they_are(packed: PackedLinear) -> PackedLinear:
+    """The arrangement that changes nothing."""
+    return packed
+
+
+def take_weights(model: GemmaModel, *, release: bool, arrange: Arrange = as_they_are) -> TextWeights:
     """Pack the text model's weights. Unpacked tensors are shared with `model`, packed ones are copies.
 
+    arrange: applied to every packed linear of the layers; see `kernels.arrangement`.
     release: empty each transformers layer once it is packed, so that no more than one layer exists twice; the model can
     then still encode pictures, and do nothing else. Raises EngineError naming what this engine does not compute.
     """
@@ -184,7 +237,7 @@ def take_weights(model: GemmaModel, *, release: bool) -> TextWeights:
     text = model.get_decoder()
     layers: list[LayerWeights] = []
     for layer, kind in zip(text_layers(model), _layer_kinds(model), strict=True):
-        layers.append(_take_layer(layer, sliding=kind == "sliding_attention"))
+        layers.append(_take_layer(layer, arrange, sliding=kind == "sliding_attention"))
         if release:
             for name, _ in list(layer.named_children()):
                 delattr(layer, name)
@@ -204,9 +257,9 @@ def take_weights(model: GemmaModel, *, release: bool) -> TextWeights:
     )
 
 
-def _take_layer(layer: nn.Module, *, sliding: bool) -> LayerWeights:
+def _take_layer(layer: nn.Module, arrange: Arrange, *, sliding: bool) -> LayerWeights:
     def packed(*names: str) -> PackedLinear:
-        return pack_rows([_pack_checked(name, layer.get_submodule(name)) for name in names])
+        return arrange(pack_rows([_pack_checked(name, layer.get_submodule(name)) for name in names]))
 
     def norm(name: str) -> Tensor:
         return _norm(layer.get_submodule(name))

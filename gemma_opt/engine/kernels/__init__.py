@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.rope import RopeTables
-from gemma_opt.engine.weights import PackedLinear, TextWeights
+from gemma_opt.engine.weights import Arrange, PackedLinear, TextWeights, as_they_are
 
 
 class DecodeStep(Protocol):
@@ -35,6 +37,15 @@ class Kernels:
 
     decode_step: DecodeStep
     linear: Linear
+
+
+def arrangement(device: torch.device) -> Arrange:
+    """The order in which this device's kernels read packed linears, for `take_weights`."""
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        from gemma_opt.engine.kernels.triton_matrices import arrange
+
+        return arrange
+    return as_they_are
 
 
 def find_kernels(weights: TextWeights, cache: KvCache, rope: RopeTables, compile_cache: Path | None = None) -> Kernels | None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from gemma_opt.engine.kernels.triton_linear import operand_of
 from gemma_opt.engine.kernels.triton_overlap import overlaps, wait_for_input
 
-SPLITS = 16  # 4 KV heads × 16 runs half fill a large GPU at one row; a window of 1,024 is then one block of 64 a run
-BLOCK = 64  # positions
+SPLITS = 16  # 4 KV heads × 16 runs half fill a large GPU at one row; a window of 1,024 is then two blocks a run
+BLOCK = 32  # positions
 
 
 @triton.jit
@@ -50,12 +50,12 @@ def _attend_kernel(query, slots, positions, keys, values, most, total, mixed, sc
         place = (base + p % length)[:, None] * head_dim + d[None, :]
         mask = (p[:, None] < last) & (d[None, :] < head_dim)
         k = tl.load(keys + place, mask=mask, other=0.0).to(operand)
+        v = tl.load(values + place, mask=mask, other=0.0).to(operand)  # under way while the scores are computed
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(p[None, :] < last, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shares = tl.exp(scores - new_top[:, None])
         fade = tl.exp(top - new_top)
-        v = tl.load(values + place, mask=mask, other=0.0).to(operand)
         acc = acc * fade[:, None] + tl.dot(shares.to(operand), v, input_precision="ieee")
         weight = weight * fade + tl.sum(shares, 1)
         top = new_top

@@ -123,7 +123,7 @@ def add_norm(partial: Tensor, post_norm: Tensor, residual: Tensor, next_norm: Te
     early = overlaps(residual)
     _add_norm_kernel[(rows,)](
         partial, rows, post_norm, residual, next_norm, normed, eps,
-        splits=splits, hidden=hidden, block=triton.next_power_of_2(hidden), num_warps=8,
+        splits=splits, hidden=hidden, block=triton.next_power_of_2(hidden), num_warps=16,
         early=early, launch_pdl=early,
     )  # fmt: skip
 

@@ -1,13 +1,16 @@
-# pyright: basic, reportCallIssue=false
+# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false
 # Kernel bodies are Triton's language in Python's clothes, and launches take options that no signature shows.
-"""y = x · Wᵀ for few rows of x, where the time is that of reading W: one kernel for every stored format.
+"""y = x · Wᵀ for few rows of x, where the time is that of reading W: one kernel for rowwise formats, one for int4.
 
 Weights are read once for all rows, converted in registers and multiplied on the matrix units. Tiles have 8, 16, 32 or 64
-rows, absent ones masked, and every sum has one order whatever the tile: a row's result does not depend on its neighbours. Thin
-matrices are split along the input into partial results that the next kernel adds in order (`splits`); nothing is atomic.
+rows, absent ones masked, and every sum has one order whatever the tile: a row's result does not depend on its neighbours.
+Thin matrices are split along the input into partial results that the next kernel adds in order (`splits`); nothing is atomic.
 
-Layouts are the checkpoint's: int8 and fp8 with one scale per row; int4 two columns a byte, the even one in the low nibble,
-with one scale (and zero point) per group of columns. Without zero points the stored nibble is the value plus 8.
+int8 and fp8 lie as in the checkpoint, with one scale per row. int4 lies as `Int4Halves`, so that a tile of bytes is two
+tiles of weights without moving anything between threads, and both meet neighbouring activations.
+
+A tile has 16 outputs for each warp and two warps at most: such products run on `mma.sync`, whose sums are the same for every
+number of rows. From 64 outputs and four warps on Triton takes Hopper's `wgmma`, whose sums were measured to depend on it.
 """
 
 from __future__ import annotations
@@ -25,43 +28,42 @@ from gemma_opt.engine.kernels.triton_overlap import overlaps, prefetch_rows, wai
 
 LEAST_ROWS = 8  # the smallest tile of the matrix units: 1 to 8 rows cost the same
 FEW_ROWS = 16  # up to here a step is bound by reading the weights
-AHEAD = 2**16  # bytes that a program has fetched into the L2 cache while it waits for its input
+AHEAD = 2**14  # bytes that a program has fetched into the L2 cache while it waits for its input
 MOST_ROWS = 64  # rows of one tile; more than that are several tiles, which read the weights again (from the L2 cache)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How one matrix is cut up. outputs × inputs: the tile of a program and step; splits: programs along the inputs."""
+    """How one matrix is cut up. outputs × inputs: the tile of a program and step; splits: programs along the inputs.
 
-    outputs: int = 64
-    inputs: int = 128
+    int4 has its own inputs: a block of its layout.
+    """
+
+    outputs: int = 32
+    inputs: int = 256
     splits: int = 1
-    warps: int = 4
+    warps: int = 2
     stages: int = 4
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A stored matrix [out, in] of any format, as the kernel reads it.
+    """A stored matrix [out, in] of any format, as the kernels read it.
 
-    weight: float, int8 or fp8 [out, in], or (group > 0) uint8 [out, in / 2]. scale: [out] or [out, in / group]; None for
-    float weights. zero: uint8 [out, in / group] of asymmetric int4.
+    weight: float, int8 or fp8 [out, in], or (group > 0) the bytes of `Int4Halves`. scale: float32 [out]; None for float
+    weights; for int4 its steps, int32 [groups, out].
     """
 
     weight: Tensor
+    in_features: int
     scale: Tensor | None = None
-    zero: Tensor | None = None
     group: int = 0
+    half: int = 0
 
     @property
     def out_features(self) -> int:
         """Length of y."""
         return self.weight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """Length of x."""
-        return self.weight.shape[1] * (2 if self.group else 1)
 
     @property
     def row_bytes(self) -> int:
@@ -71,13 +73,38 @@ class Matrix:
     @property
     def bytes(self) -> int:
         """What one product has to read."""
-        return sum(part.nbytes for part in (self.weight, self.scale, self.zero) if part is not None)
+        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     @property
     def key(self) -> str:
         """Names everything that decides which blocks are best, but not the number of rows: that must not matter."""
-        kind = f"int4g{self.group}{'z' if self.zero is not None else ''}" if self.group else str(self.weight.dtype)[6:]
+        kind = f"int4g{self.group}" if self.group else str(self.weight.dtype)[6:]
         return f"{kind}:{self.out_features}x{self.in_features}"
+
+
+@triton.jit
+def _begin(weight, split, out_features, gated: tl.constexpr, splits: tl.constexpr, block_out: tl.constexpr,
+           early: tl.constexpr, row_bytes: tl.constexpr, ahead: tl.constexpr, threads: tl.constexpr):  # fmt: skip
+    """Have the first bytes of this program's rows fetched, then wait for the activations."""
+    if ahead:
+        first = weight.to(tl.pointer_type(tl.uint8))
+        row = tl.program_id(1) * block_out
+        begin = split * (row_bytes // splits)
+        prefetch_rows(first, row, out_features, row_bytes, begin, ahead, block_out, threads)
+        if gated:
+            prefetch_rows(first + out_features * row_bytes, row, out_features, row_bytes, begin, ahead, block_out, threads)
+    wait_for_input(early)
+
+
+@triton.jit
+def _finish(acc, above, out, r, o, split, rows, out_features, gated: tl.constexpr):
+    """Store a tile [outputs, rows]; gated: gelu(acc) · above, rounded where separate modules would round."""
+    if gated:
+        acc = acc.to(out.dtype.element_ty).to(tl.float32)
+        acc = acc * tl.sigmoid(1.5957691216057308 * (acc + 0.044715 * acc * acc * acc))  # gelu's tanh form; 2·√(2/π)
+        acc = acc.to(out.dtype.element_ty).to(tl.float32) * above.to(out.dtype.element_ty).to(tl.float32)
+    place = (split * rows + r)[None, :] * out_features + o[:, None]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(r[None, :] < rows) & (o[:, None] < out_features))
 
 
 @triton.jit
@@ -89,104 +116,146 @@ def _rowwise_tile(weight, o, k, mask, in_features: tl.constexpr, operand: tl.con
     return w.to(operand)
 
 
-@triton.jit
-def _int4_tile(weight, scale, zero, o, first, outputs, in_features: tl.constexpr, even: tl.constexpr, operand: tl.constexpr,
-               group: tl.constexpr, has_zero: tl.constexpr, block_out: tl.constexpr, block_in: tl.constexpr):  # fmt: skip
-    """Scaled int4 weights [outputs, inputs].
-
-    (nibble - zero) is exact in bfloat16 and its product with the scale rounded once, as in a dequantized bfloat16 matrix.
-    One byte's two columns are neighbours again before the product, so that activations are read in order, in wide loads.
-    """
-    groups: tl.constexpr = block_in // group
-    byte = first // 2 + tl.arange(0, block_in // 2)
-    g = first // group + tl.arange(0, groups)
-    byte_mask = o[:, None] < outputs
-    group_mask = byte_mask
-    if not even:
-        byte_mask = byte_mask & (byte[None, :] < in_features // 2)
-        group_mask = group_mask & (g[None, :] < in_features // group)
-    row = o[:, None].to(tl.int64)
-    packed = tl.load(weight + row * (in_features // 2) + byte[None, :], mask=byte_mask, other=0)
-    s = tl.load(scale + row * (in_features // group) + g[None, :], mask=group_mask, other=0.0).to(operand)
-    s = tl.reshape(tl.broadcast_to(s[:, :, None], (block_out, groups, group // 2)), (block_out, block_in // 2))
-    if has_zero:
-        z = tl.load(zero + row * (in_features // group) + g[None, :], mask=group_mask, other=0).to(tl.int8)
-        z = tl.reshape(tl.broadcast_to(z[:, :, None], (block_out, groups, group // 2)), (block_out, block_in // 2))
-    else:
-        z = tl.full((block_out, block_in // 2), 8, tl.int8)
-    low = ((packed & 15).to(tl.int8) - z).to(operand) * s
-    high = ((packed >> 4).to(tl.int8) - z).to(operand) * s
-    return tl.interleave(low, high)
-
-
 @triton.jit(do_not_specialize=["rows"])
-def _linear_kernel(x, weight, scale, zero, out, rows, out_features: tl.constexpr, in_features: tl.constexpr,
-                   gated: tl.constexpr, has_scale: tl.constexpr, has_zero: tl.constexpr, group: tl.constexpr,
-                   operand: tl.constexpr, splits: tl.constexpr, block_rows: tl.constexpr, block_out: tl.constexpr,
-                   block_in: tl.constexpr, early: tl.constexpr, row_bytes: tl.constexpr, ahead: tl.constexpr,
-                   threads: tl.constexpr):  # fmt: skip
+def _linear_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_features: tl.constexpr, gated: tl.constexpr,
+                   has_scale: tl.constexpr, operand: tl.constexpr, splits: tl.constexpr, block_rows: tl.constexpr,
+                   block_out: tl.constexpr, block_in: tl.constexpr, early: tl.constexpr, row_bytes: tl.constexpr,
+                   ahead: tl.constexpr, threads: tl.constexpr):  # fmt: skip
     """One tile of out: [splits, rows, out_features]. gated: W holds gate over up, and out is gelu(gate) · up."""
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     o = tl.program_id(1) * block_out + tl.arange(0, block_out)
     split = tl.program_id(2)
     steps: tl.constexpr = (in_features + block_in * splits - 1) // (block_in * splits)
     even: tl.constexpr = in_features % (block_in * splits) == 0
-    if ahead:
-        bytes_ = weight.to(tl.pointer_type(tl.uint8))
-        begin = split * (row_bytes // splits)
-        prefetch_rows(bytes_, tl.program_id(1) * block_out, out_features, row_bytes, begin, ahead, block_out, threads)
-        if gated:
-            above_bytes = bytes_ + out_features * row_bytes
-            prefetch_rows(above_bytes, tl.program_id(1) * block_out, out_features, row_bytes, begin, ahead, block_out, threads)
-    wait_for_input(early)
+    _begin(weight, split, out_features, gated, splits, block_out, early, row_bytes, ahead, threads)
     acc = tl.zeros((block_out, block_rows), tl.float32)
     above = tl.zeros((block_out, block_rows), tl.float32)
     for step in range(steps):
-        first = (split * steps + step) * block_in
-        k = first + tl.arange(0, block_in)
+        k = (split * steps + step) * block_in + tl.arange(0, block_in)
         w_mask = o[:, None] < out_features
         x_mask = r[None, :] < rows
         if not even:
             w_mask = w_mask & (k[None, :] < in_features)
             x_mask = x_mask & (k[:, None] < in_features)
         values = tl.load(x + r[None, :] * in_features + k[:, None], mask=x_mask, other=0.0).to(operand)
-        if group:
-            w = _int4_tile(weight, scale, zero, o, first, out_features, in_features, even, operand, group, has_zero,
-                           block_out, block_in)  # fmt: skip
-        else:
-            w = _rowwise_tile(weight, o, k, w_mask, in_features, operand)
-        acc = tl.dot(w, values, acc, input_precision="ieee")
+        acc = tl.dot(_rowwise_tile(weight, o, k, w_mask, in_features, operand), values, acc, input_precision="ieee")
         if gated:
-            if group:
-                shift: tl.constexpr = out_features * (in_features // group)
-                w = _int4_tile(weight + out_features * (in_features // 2), scale + shift, zero + shift, o, first, out_features,
-                               in_features, even, operand, group, has_zero, block_out, block_in)  # fmt: skip
-            else:
-                w = _rowwise_tile(weight + out_features * in_features, o, k, w_mask, in_features, operand)
+            w = _rowwise_tile(weight + out_features * in_features, o, k, w_mask, in_features, operand)
             above = tl.dot(w, values, above, input_precision="ieee")
-    if has_scale and not group:
+    if has_scale:
         acc = acc * tl.load(scale + o, mask=o < out_features, other=0.0).to(tl.float32)[:, None]
         if gated:
             above = above * tl.load(scale + out_features + o, mask=o < out_features, other=0.0).to(tl.float32)[:, None]
-    if gated:  # rounded where separate modules would round
-        acc = acc.to(out.dtype.element_ty).to(tl.float32)
-        acc = acc * tl.sigmoid(1.5957691216057308 * (acc + 0.044715 * acc * acc * acc))  # gelu's tanh form; 2·√(2/π)
-        acc = acc.to(out.dtype.element_ty).to(tl.float32) * above.to(out.dtype.element_ty).to(tl.float32)
-    place = (split * rows + r)[None, :] * out_features + o[:, None]
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(r[None, :] < rows) & (o[:, None] < out_features))
+    _finish(acc, above, out, r, o, split, rows, out_features, gated)
 
 
 @triton.jit
-def _dequantize_kernel(weight, scale, zero, out, out_features: tl.constexpr, in_features: tl.constexpr,
-                       group: tl.constexpr, has_zero: tl.constexpr, operand: tl.constexpr, block_out: tl.constexpr,
-                       block_in: tl.constexpr):  # fmt: skip
+def _nibbles(packed, operand: tl.constexpr):
+    """128 + the low and 128 + the high nibbles of a tile of bytes, in the operands' dtype.
+
+    bfloat16 128 to 143 are 0x4300 to 0x430F: a byte permutation, a shift at most and one logical operation a pair of weights.
+    """
+    if operand == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 one, two;
+            prmt.b32 one, $4, 0, 0x4140;
+            prmt.b32 two, $4, 0, 0x4342;
+            lop3.b32 $0, one, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $1, two, 0x000F000F, 0x43004300, 0xEA;
+            shr.u32 one, one, 4;
+            shr.u32 two, two, 4;
+            lop3.b32 $2, one, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $3, two, 0x000F000F, 0x43004300, 0xEA;
+            }""",
+            "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        low = (packed & 15).to(operand) + 128.0
+        high = (packed >> 4).to(operand) + 128.0
+    return low, high
+
+
+@triton.jit
+def _scaled(nibbles, steps, first_group, o, out_features, stride: tl.constexpr, groups: tl.constexpr, group: tl.constexpr,
+            operand: tl.constexpr, block_out: tl.constexpr):  # fmt: skip
+    """(nibble - zero) · scale. nibbles: [outputs, groups · group], with 128 added, as the zero points have.
+
+    The difference is exact, and its product rounded once, as in a dequantized bfloat16 matrix.
+    """
+    g = first_group + tl.arange(0, groups)
+    words = tl.load(steps + g[None, :] * stride + o[:, None], mask=o[:, None] < out_features, other=0)
+    s = (words << 16).to(tl.float32, bitcast=True).to(operand)
+    z = (words & -65536).to(tl.float32, bitcast=True).to(operand)
+    s = tl.reshape(tl.broadcast_to(s[:, :, None], (block_out, groups, group)), (block_out, groups * group))
+    z = tl.reshape(tl.broadcast_to(z[:, :, None], (block_out, groups, group)), (block_out, groups * group))
+    return (nibbles - z) * s
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _int4_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_features: tl.constexpr, gated: tl.constexpr,
+                 group: tl.constexpr, half: tl.constexpr, operand: tl.constexpr, splits: tl.constexpr,
+                 block_rows: tl.constexpr, block_out: tl.constexpr, early: tl.constexpr, row_bytes: tl.constexpr,
+                 ahead: tl.constexpr, threads: tl.constexpr):  # fmt: skip
+    """The same for int4. scale: the steps."""
+    r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    o = tl.program_id(1) * block_out + tl.arange(0, block_out)
+    split = tl.program_id(2)
+    blocks: tl.constexpr = row_bytes // half
+    steps: tl.constexpr = (blocks + splits - 1) // splits
+    even: tl.constexpr = blocks % splits == 0 and in_features == 2 * row_bytes
+    groups: tl.constexpr = half // group
+    stride: tl.constexpr = 2 * out_features if gated else out_features
+    _begin(weight, split, out_features, gated, splits, block_out, early, row_bytes, ahead, threads)
+    acc = tl.zeros((block_out, block_rows), tl.float32)
+    above = tl.zeros((block_out, block_rows), tl.float32)
+    for step in range(steps):
+        block = split * steps + step
+        low_k = 2 * half * block + tl.arange(0, half)
+        high_k = low_k + half
+        w_mask = o[:, None] < out_features
+        low_mask = r[None, :] < rows
+        high_mask = low_mask
+        if not even:  # beyond the end activations are 0, whatever weights they meet
+            low_mask = low_mask & (low_k[:, None] < in_features)
+            high_mask = high_mask & (high_k[:, None] < in_features)
+            block = tl.minimum(block, blocks - 1)
+        low_values = tl.load(x + r[None, :] * in_features + low_k[:, None], mask=low_mask, other=0.0).to(operand)
+        high_values = tl.load(x + r[None, :] * in_features + high_k[:, None], mask=high_mask, other=0.0).to(operand)
+        place = o[:, None].to(tl.int64) * row_bytes + (block * half + tl.arange(0, half))[None, :]
+        first = 2 * groups * block
+        low, high = _nibbles(tl.load(weight + place, mask=w_mask, other=0), operand)
+        low = _scaled(low, scale, first, o, out_features, stride, groups, group, operand, block_out)
+        high = _scaled(high, scale, first + groups, o, out_features, stride, groups, group, operand, block_out)
+        acc = tl.dot(low, low_values, acc, input_precision="ieee")
+        acc = tl.dot(high, high_values, acc, input_precision="ieee")
+        if gated:
+            low, high = _nibbles(tl.load(weight + out_features * row_bytes + place, mask=w_mask, other=0), operand)
+            shifted = scale + out_features
+            low = _scaled(low, shifted, first, o, out_features, stride, groups, group, operand, block_out)
+            high = _scaled(high, shifted, first + groups, o, out_features, stride, groups, group, operand, block_out)
+            above = tl.dot(low, low_values, above, input_precision="ieee")
+            above = tl.dot(high, high_values, above, input_precision="ieee")
+    _finish(acc, above, out, r, o, split, rows, out_features, gated)
+
+
+@triton.jit
+def _dequantize_kernel(weight, scale, out, out_features: tl.constexpr, in_features: tl.constexpr, group: tl.constexpr,
+                       half: tl.constexpr, row_bytes: tl.constexpr, operand: tl.constexpr,
+                       block_out: tl.constexpr):  # fmt: skip
     o = tl.program_id(0) * block_out + tl.arange(0, block_out)
-    first = tl.program_id(1) * block_in
-    k = first + tl.arange(0, block_in)
-    w = _int4_tile(weight, scale, zero, o, first, out_features, in_features, in_features % block_in == 0, operand, group,
-                   has_zero, block_out, block_in)  # fmt: skip
-    mask = (o[:, None] < out_features) & (k[None, :] < in_features)
-    tl.store(out + o[:, None].to(tl.int64) * in_features + k[None, :], w.to(out.dtype.element_ty), mask=mask)
+    block = tl.program_id(1)
+    j = tl.arange(0, half)
+    groups: tl.constexpr = half // group
+    row = o[:, None].to(tl.int64)
+    inside = o[:, None] < out_features
+    low, high = _nibbles(tl.load(weight + row * row_bytes + block * half + j[None, :], mask=inside, other=0), operand)
+    low = _scaled(low, scale, 2 * groups * block, o, out_features, out_features, groups, group, operand, block_out)
+    high = _scaled(high, scale, 2 * groups * block + groups, o, out_features, out_features, groups, group, operand, block_out)
+    place = out + row * in_features + 2 * half * block + j[None, :]
+    left = in_features - 2 * half * block - j[None, :]
+    tl.store(place, low.to(out.dtype.element_ty), mask=inside & (left > 0))
+    tl.store(place + half, high.to(out.dtype.element_ty), mask=inside & (left > half))
 
 
 def multiply(
@@ -202,19 +271,29 @@ def multiply(
     if splits != blocks.splits or (gated and splits != 1):
         raise ValueError(f"out has {splits} partial results, the blocks make {blocks.splits}, gated ones 1")
     early = overlaps(x)
-    block_in = max(blocks.inputs, matrix.group)
-    least = FEW_ROWS if knobs.runtime.interpret else LEAST_ROWS  # numpy's products do depend on the tile
-    block_rows = min(MOST_ROWS, max(least, triton.next_power_of_2(rows)))
+    block_rows = tile_rows(rows)
+    many = block_rows > FEW_ROWS  # then activations fill the shared memory
+    kernel = _int4_kernel if matrix.group else _linear_kernel
+    own: dict[str, int] = (
+        {"group": matrix.group, "half": matrix.half}
+        if matrix.group
+        else {"has_scale": matrix.scale is not None, "block_in": min(blocks.inputs, 256) if many else blocks.inputs}
+    )
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, blocks.outputs), splits)
-    launch = partial(_linear_kernel.warmup, grid=grid) if compile_only else _linear_kernel[grid]
+    launch = partial(kernel.warmup, grid=grid) if compile_only else kernel[grid]
     launch(
-        x, matrix.weight, _given(matrix.scale, x), _given(matrix.zero, x), out, rows,
-        out_features=width, in_features=matrix.in_features, gated=gated, has_scale=matrix.scale is not None,
-        has_zero=matrix.zero is not None, group=matrix.group, operand=operand_of(x.dtype), splits=splits,
-        block_rows=block_rows, block_out=blocks.outputs, block_in=block_in, early=early, row_bytes=matrix.row_bytes,
-        ahead=_ahead(matrix.row_bytes, blocks) if early else 0, threads=32 * blocks.warps,
-        num_warps=blocks.warps, num_stages=blocks.stages, launch_pdl=early,
+        x, matrix.weight, x if matrix.scale is None else matrix.scale, out, rows, out_features=width,
+        in_features=matrix.in_features, gated=gated, operand=operand_of(x.dtype), splits=splits, block_rows=block_rows,
+        block_out=blocks.outputs, early=early, row_bytes=matrix.row_bytes,
+        ahead=_ahead(matrix.row_bytes, blocks) if early else 0, threads=32 * blocks.warps, **own,
+        num_warps=blocks.warps, num_stages=min(blocks.stages, 3) if many else blocks.stages, launch_pdl=early,
     )  # fmt: skip
+
+
+def tile_rows(rows: int) -> int:
+    """Rows of the tile that computes so many rows."""
+    least = FEW_ROWS if knobs.runtime.interpret else LEAST_ROWS  # numpy's products do depend on the tile
+    return min(MOST_ROWS, max(least, 1 << (rows - 1).bit_length()))
 
 
 def _ahead(row_bytes: int, blocks: Blocks) -> int:
@@ -227,11 +306,9 @@ def _ahead(row_bytes: int, blocks: Blocks) -> int:
 def dequantize_int4(matrix: Matrix, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] of an int4 matrix in `dtype`, without a copy in between."""
     out = torch.empty(matrix.out_features, matrix.in_features, dtype=dtype, device=matrix.weight.device)
-    block_in = max(128, matrix.group)
-    _dequantize_kernel[(triton.cdiv(matrix.out_features, 32), triton.cdiv(matrix.in_features, block_in))](
-        matrix.weight, matrix.scale, _given(matrix.zero, out), out, out_features=matrix.out_features,
-        in_features=matrix.in_features, group=matrix.group, has_zero=matrix.zero is not None, operand=operand_of(dtype),
-        block_out=32, block_in=block_in, num_warps=4,
+    _dequantize_kernel[(triton.cdiv(matrix.out_features, 32), matrix.row_bytes // matrix.half)](
+        matrix.weight, matrix.scale, out, out_features=matrix.out_features, in_features=matrix.in_features, group=matrix.group,
+        half=matrix.half, row_bytes=matrix.row_bytes, operand=operand_of(dtype), block_out=32, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -240,8 +317,3 @@ def operand_of(dtype: torch.dtype) -> tl.dtype:
     """What products of such activations are computed in. The CPU interpreter has no bfloat16 arithmetic."""
     narrow = dtype == torch.bfloat16 and not knobs.runtime.interpret
     return tl.bfloat16 if narrow else tl.float32
-
-
-def _given(part: Tensor | None, instead: Tensor) -> Tensor:
-    """A kernel's pointer must point somewhere, also where it is never followed."""
-    return instead if part is None else part

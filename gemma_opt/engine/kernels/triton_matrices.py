@@ -11,7 +11,7 @@ from torch.nn import functional
 from gemma_opt.engine.kernels.triton_linear import LEAST_ROWS, MOST_ROWS, Matrix, dequantize_int4, multiply
 from gemma_opt.engine.kernels.triton_tuning import Tuning
 from gemma_opt.engine.linear import linear
-from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights
+from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Halves, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights
 
 TILES = tuple(2**power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length()))  # of rows
 
@@ -22,24 +22,31 @@ class Unsupported(Exception):
 
 @singledispatch
 def matrix_of(packed: PackedLinear) -> Matrix:
-    """The kernels' view of a packed linear: the same tensors. Raises Unsupported."""
+    """The kernels' view of an arranged linear: the same tensors. Raises Unsupported."""
     raise Unsupported(type(packed).__name__)
 
 
 @matrix_of.register
 def _(packed: FloatRows) -> Matrix:
-    return Matrix(packed.weight)
+    return Matrix(packed.weight, packed.weight.shape[1])
 
 
 @matrix_of.register(Int8Rows)
 @matrix_of.register(Fp8Rows)
 def _(packed: Int8Rows | Fp8Rows) -> Matrix:
-    return Matrix(packed.weight, packed.scale)
+    return Matrix(packed.weight, packed.weight.shape[1], packed.scale)
 
 
 @matrix_of.register
-def _(packed: Int4Rows) -> Matrix:
-    return Matrix(packed.packed, packed.scale, packed.zero, packed.group)
+def _(packed: Int4Halves) -> Matrix:
+    return Matrix(packed.packed, packed.in_features, packed.steps, packed.group, packed.half)
+
+
+def arrange(packed: PackedLinear) -> PackedLinear:
+    """The order that these kernels read: an `Arrange`."""
+    if isinstance(packed, Stacked):
+        return Stacked(tuple(arrange(part) for part in packed.parts))
+    return Int4Halves.of(packed) if isinstance(packed, Int4Rows) else packed
 
 
 def uses_of(weights: TextWeights) -> list[tuple[Matrix, bool]]:
@@ -67,7 +74,7 @@ class TritonLinear:
             return torch.cat([self(part, x) for part in packed.parts], dim=-1)
         if x.shape[0] <= MOST_ROWS:
             return self._few(matrix_of(packed), x.contiguous())
-        if isinstance(packed, Int4Rows):
+        if isinstance(packed, Int4Halves):
             return functional.linear(x, dequantize_int4(matrix_of(packed), x.dtype))
         return linear(packed, x)
 

@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 CANDIDATES = tuple(
     Blocks(outputs, inputs, splits, warps, stages)
     for outputs, inputs, warps, stages in (
-        (16, 256, 1, 4), (16, 512, 1, 4), (16, 256, 2, 4), (32, 128, 2, 5), (32, 256, 2, 4), (32, 512, 2, 3), (32, 256, 4, 4),
-        (64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3), (64, 256, 4, 5), (128, 128, 4, 4), (128, 128, 8, 5),
+        (16, 128, 1, 6), (16, 256, 1, 3), (16, 256, 1, 4), (16, 512, 1, 3), (32, 128, 2, 5), (32, 256, 2, 3), (32, 256, 2, 4),
+        (32, 512, 2, 3),
     )
-    for splits in (1, 2, 4)
+    for splits in (1, 2, 4, 5)
 )  # fmt: skip
 ENOUGH_PROGRAMS = 264  # two for each multiprocessor of the largest GPU: fewer leave bandwidth unused
 ROUNDS = 5
@@ -87,7 +87,7 @@ class Tuning:
         """
         with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
             for matrix, gated in uses:
-                for blocks in _candidates(gated=gated):
+                for blocks in _candidates(matrix, gated=gated):
                     multiply(matrix, *self._operands(matrix, blocks, gated=gated), blocks, gated=gated, compile_only=True)
 
     def _operands(self, matrix: Matrix, blocks: Blocks, *, gated: bool) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class Tuning:
         return x, torch.empty(blocks.splits, 1, width, device=x.device, dtype=self._dtype if gated else torch.float32)
 
     def _fastest(self, matrices: Sequence[Matrix], *, gated: bool) -> Blocks:
-        timings = {blocks: self._time(matrices, blocks, gated=gated) for blocks in _candidates(gated=gated)}
+        timings = {blocks: self._time(matrices, blocks, gated=gated) for blocks in _candidates(matrices[0], gated=gated)}
         return min(timings, key=lambda blocks: timings[blocks])
 
     def _time(self, matrices: Sequence[Matrix], blocks: Blocks, *, gated: bool) -> float:
@@ -113,19 +113,24 @@ class Tuning:
         return f"{matrix.key}{':gated' if gated else ''}:{str(self._dtype)[6:]}"
 
 
-def _candidates(*, gated: bool) -> list[Blocks]:
-    """A gated product is needed whole where it ends, so it cannot be split."""
-    return [blocks for blocks in CANDIDATES if not (gated and blocks.splits > 1)]
+def _candidates(matrix: Matrix, *, gated: bool) -> list[Blocks]:
+    """Those that give every split the same work. A gated product is needed whole where it ends, so it cannot be split."""
+    own_inputs = {replace(blocks, inputs=2 * matrix.half): None for blocks in CANDIDATES} if matrix.group else CANDIDATES
+    return [
+        blocks
+        for blocks in own_inputs
+        if blocks.splits == 1 or (not gated and matrix.in_features % (blocks.splits * blocks.inputs) == 0)
+    ]
 
 
 def default_blocks(matrix: Matrix, *, gated: bool) -> Blocks:
-    """Blocks of 64 × 128, as many splits (up to 4) as fill the GPU and leave each program two steps or more."""
-    blocks = Blocks(outputs=32 if gated else 64)
+    """As many splits (up to 4) as fill the GPU and leave each program two steps or more."""
+    blocks = Blocks(inputs=2 * matrix.half) if matrix.group else Blocks()
     programs = -(-matrix.out_features // blocks.outputs)
     splits = 1
     while not gated and splits < 4 and programs * splits < ENOUGH_PROGRAMS and matrix.in_features >= 4 * splits * blocks.inputs:
         splits *= 2
-    return Blocks(blocks.outputs, blocks.inputs, splits, blocks.warps, blocks.stages)
+    return replace(blocks, splits=splits)
 
 
 def time_captured(launch: Callable[[], object]) -> float:

@@ -42,7 +42,7 @@ def compiled(
         if "early" in names:
             constants["early"] = capability >= 90
         if "ahead" in names:
-            constants["ahead"] = 512 if capability >= 90 else 0
+            constants["ahead"] = constants.get("threads", 128) * 16 if capability >= 90 else 0
         signature = {name: "constexpr" if name in constants else scalars.get(name, f"*{pointers.get(name)}") for name in names}
         aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in pointers}
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
@@ -79,6 +79,7 @@ def linear(kind: str, blocks: Blocks, *, gated: bool = False, group: int = 0, ro
 
 KERNELS: dict[str, Compile] = {
     "int8": linear("int8", Blocks(splits=4)),
+    "int8 in one step": linear("int8", Blocks(outputs=16, inputs=512, splits=5, warps=1)),
     "int8 gated": linear("int8", Blocks(outputs=16, warps=1), gated=True),
     "bfloat16": linear("bfloat16", Blocks()),
     "fp8": linear("fp8", Blocks(splits=2)),
@@ -93,9 +94,10 @@ KERNELS: dict[str, Compile] = {
     "attention": compiled(
         triton_attention._attend_kernel,
         {"query": "bf16", "slots": "i64", "positions": "i64", "keys": "bf16", "values": "bf16", "most": "fp32", "total": "fp32",
-         "mixed": "fp32"},
-        {"scale": "fp32", "window": "i32"},
-        {**HEADS, "splits": 16, "operand": tl.bfloat16, "block_heads": 16, "block_dim": 256, "block": triton_attention.BLOCK},
+         "mixed": "fp32", "later": "i8"},
+        {"scale": "fp32", "window": "i32", "later_bytes": "i32"},
+        {**HEADS, "splits": 16, "operand": tl.bfloat16, "block_heads": 16, "block_dim": 256, "block": triton_attention.BLOCK,
+         "threads": 128},
         warps=4,
     ),
     "join": compiled(

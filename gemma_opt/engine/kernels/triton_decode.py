@@ -72,6 +72,7 @@ class TritonDecode:
         triton_attention.attend(
             query, slots, positions, cache.keys, cache.values, out, buffers.scratch,
             scale=shape.attention_scale, window=shape.window if layer.sliding else None,
+            later=matrices.gate_up.weight,
         )  # fmt: skip
         return out
 

@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma_opt.engine.kernels.triton_overlap import overlaps, wait_for_input
+from gemma_opt.engine.kernels.triton_overlap import overlaps, start_next, wait, wait_for_input
 
 
 @triton.jit
 def _embed_kernel(tokens, table, scale, norm, residual, normed, eps, embedding_scale, hidden: tl.constexpr,
                   has_scale: tl.constexpr, block: tl.constexpr, early: tl.constexpr):  # fmt: skip
-    wait_for_input(early)
+    wait(early)  # before the next kernel may start: the chain's later kernels read slots and positions early
+    start_next(early)
     row = tl.program_id(0)
     token = tl.load(tokens + row)
     d = tl.arange(0, block)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from gemma_opt.engine.kernels.triton_overlap import overlaps, prefetch_rows, wait_for_input
+from gemma_opt.engine.kernels.triton_overlap import overlaps, prefetch_rows, start_next, wait, wait_for_input
 
 LEAST_ROWS = 8  # the smallest tile of the matrix units: 1 to 8 rows cost the same
 FEW_ROWS = 16  # up to here a step is bound by reading the weights
@@ -127,21 +127,29 @@ def _linear_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_f
     split = tl.program_id(2)
     steps: tl.constexpr = (in_features + block_in * splits - 1) // (block_in * splits)
     even: tl.constexpr = in_features % (block_in * splits) == 0
-    _begin(weight, split, out_features, gated, splits, block_out, early, row_bytes, ahead, threads)
     acc = tl.zeros((block_out, block_rows), tl.float32)
     above = tl.zeros((block_out, block_rows), tl.float32)
-    for step in range(steps):
-        k = (split * steps + step) * block_in + tl.arange(0, block_in)
-        w_mask = o[:, None] < out_features
-        x_mask = r[None, :] < rows
-        if not even:
-            w_mask = w_mask & (k[None, :] < in_features)
-            x_mask = x_mask & (k[:, None] < in_features)
-        values = tl.load(x + r[None, :] * in_features + k[:, None], mask=x_mask, other=0.0).to(operand)
-        acc = tl.dot(_rowwise_tile(weight, o, k, w_mask, in_features, operand), values, acc, input_precision="ieee")
-        if gated:
-            w = _rowwise_tile(weight + out_features * in_features, o, k, w_mask, in_features, operand)
-            above = tl.dot(w, values, above, input_precision="ieee")
+    if steps == 1 and even and not gated:  # all of a program's weights are under way before it waits
+        start_next(early)
+        k = split * block_in + tl.arange(0, block_in)
+        w = _rowwise_tile(weight, o, k, o[:, None] < out_features, in_features, operand)
+        wait(early)
+        values = tl.load(x + r[None, :] * in_features + k[:, None], mask=r[None, :] < rows, other=0.0).to(operand)
+        acc = tl.dot(w, values, acc, input_precision="ieee")
+    else:
+        _begin(weight, split, out_features, gated, splits, block_out, early, row_bytes, ahead, threads)
+        for step in range(steps):
+            k = (split * steps + step) * block_in + tl.arange(0, block_in)
+            w_mask = o[:, None] < out_features
+            x_mask = r[None, :] < rows
+            if not even:
+                w_mask = w_mask & (k[None, :] < in_features)
+                x_mask = x_mask & (k[:, None] < in_features)
+            values = tl.load(x + r[None, :] * in_features + k[:, None], mask=x_mask, other=0.0).to(operand)
+            acc = tl.dot(_rowwise_tile(weight, o, k, w_mask, in_features, operand), values, acc, input_precision="ieee")
+            if gated:
+                w = _rowwise_tile(weight + out_features * in_features, o, k, w_mask, in_features, operand)
+                above = tl.dot(w, values, above, input_precision="ieee")
     if has_scale:
         acc = acc * tl.load(scale + o, mask=o < out_features, other=0.0).to(tl.float32)[:, None]
         if gated:

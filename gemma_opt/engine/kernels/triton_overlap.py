@@ -3,12 +3,15 @@
 """Kernels that start while the one before them still runs: programmatic dependent launch, compute capability 9.0 and later.
 
 A decode step is a chain of short kernels, and between two of them the memory would rest. So every kernel of the chain lets
-its successor start at once, has its own weights fetched into the L2 cache, and only then waits for its predecessor's
-results. All of a kernel's programs wait, so when a kernel has ended, all before it have: what it overwrites nobody reads.
-Before the wait a kernel may read weights and nothing else. On older GPUs and on the interpreter none of this is compiled.
+its successor start at once, has its own weights fetched, and only then waits for its predecessor's results. All of a
+kernel's programs wait, so when a kernel has ended, all before it have: what it overwrites nobody reads. The chain's first
+kernel waits before it lets go. So before its wait a kernel may read what no kernel of the chain writes: weights, and which
+slots and positions the step has. On older GPUs and on the interpreter none of this is compiled.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -22,15 +25,33 @@ OLDEST = (9, 0)
 
 def overlaps(x: Tensor) -> bool:
     """Whether kernels on this tensor's device can start early: their `early`, and the launch option `launch_pdl`."""
-    return x.is_cuda and not knobs.runtime.interpret and torch.cuda.get_device_capability(x.device) >= OLDEST
+    return x.is_cuda and _can_overlap(x.device)
+
+
+@cache
+def _can_overlap(device: torch.device) -> bool:
+    return not knobs.runtime.interpret and torch.cuda.get_device_capability(device) >= OLDEST
+
+
+@triton.jit
+def start_next(early: tl.constexpr):
+    """Let the next kernel start. It waits for this one to end before it reads what this one writes."""
+    if early:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait(early: tl.constexpr):
+    """Wait until all kernels before this one have ended."""
+    if early:
+        gdc_wait()
 
 
 @triton.jit
 def wait_for_input(early: tl.constexpr):
-    """Let the next kernel start, then wait until all before this one have ended."""
-    if early:
-        gdc_launch_dependents()
-        gdc_wait()
+    """Both."""
+    start_next(early)
+    wait(early)
 
 
 @triton.jit
@@ -49,4 +70,16 @@ def prefetch_rows(first, row, rows, row_bytes: tl.constexpr, begin, length: tl.c
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
         [(first + (wanted * row_bytes + begin + at)).to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def prefetch_span(first, begin, length: tl.constexpr, end, threads: tl.constexpr):
+    """The same for bytes [begin, begin + length) of one span of `end` bytes. length: a multiple of 16 · threads."""
+    piece: tl.constexpr = length // threads
+    at = tl.minimum(begin + tl.arange(0, threads) * piece, end - piece)
+    size = tl.full((threads,), piece, tl.int32)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+        [(first + at).to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip

@@ -30,7 +30,10 @@ CANDIDATES = tuple(
     )
     for splits in (1, 2, 4, 5)
 )  # fmt: skip
+ONE_STEP = tuple((outputs, inputs, warps) for outputs, warps in ((16, 1), (32, 2)) for inputs in (512, 1024))
+"""Outputs, inputs and warps of blocks that need one step, their splits following from the matrix: see `_linear_kernel`."""
 ENOUGH_PROGRAMS = 264  # two for each multiprocessor of the largest GPU: fewer leave bandwidth unused
+MOST_SPLITS = 10  # the next kernel adds them up
 ROUNDS = 5
 
 

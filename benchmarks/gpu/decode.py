@@ -21,7 +21,7 @@ from benchmarks.synthetic import bytes_read
 from gemma_opt.engine.batch import Batch
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import TextModel
-from gemma_opt.engine.graphs import RecordedSteps
+from gemma_opt.engine.graphs import RecordedSteps, Recorder
 from gemma_opt.engine.interface import SamplingParams
 from gemma_opt.engine.kernels import arrangement
 from gemma_opt.engine.kernels.gpu import keeping_compiled, tune
@@ -57,7 +57,7 @@ def measure(shape: str, stored: str, ceiling: float) -> dict[str, object]:
     with keeping_compiled(COMPILE_CACHE):
         model = TextModel(weights, cache, compile_cache=COMPILE_CACHE)
         batch = Batch(max(ROWS), weights.shape.vocabulary, [1], DEVICE)
-        steps = RecordedSteps(model.decode, batch)
+        steps = RecordedSteps(model.decode, batch, Recorder(DEVICE))
     entry: dict[str, object] = {
         "weight_bytes_per_step": bytes_read(weights), "copy_gb_s": ceiling, "position": min(POSITION, context // 2),
         "tune_s": round(tuned - started, 1), "capture_s": round(time.monotonic() - tuned, 1), "captures": steps.captures,

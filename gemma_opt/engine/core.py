@@ -22,11 +22,11 @@ from gemma_opt.engine.batch import Batch
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
 from gemma_opt.engine.forward import TextModel
-from gemma_opt.engine.graphs import steps_of
+from gemma_opt.engine.graphs import Recorder, prefill_of, steps_of
 from gemma_opt.engine.interface import EngineRequest, FinishReason
 from gemma_opt.engine.kernels import arrangement
 from gemma_opt.engine.lookup import PromptLookup
-from gemma_opt.engine.pictures import PictureCache, picture_encoder
+from gemma_opt.engine.pictures import Encode, PictureCache, picture_encoder
 from gemma_opt.engine.prefixes import Cut, Prefixes, cuts_of
 from gemma_opt.engine.queueing import EngineThread, QueuedGeneration, warm_up
 from gemma_opt.engine.scheduler import Chunk, Scheduler, Span, chunk_ends
@@ -153,7 +153,8 @@ class _Runner:
         self._settings, self._counters = settings, counters
         self._stop_ids = stop_token_ids(model)
         self._image_token_id = getattr(model.config, "image_token_id", None)
-        self._pictures = PictureCache(picture_encoder(model)) if vision_tower(model) is not None else None
+        recorder = Recorder(weights_device(model))
+        self._pictures = PictureCache(_recorded_encoder(model, recorder)) if vision_tower(model) is not None else None
         weights = take_weights(model, release=not keep_layers, arrange=arrangement(weights_device(model)))
         self._device = weights.device
         cache = KvCache(weights, slots=settings.slots, context=settings.context, slack=settings.lookup)
@@ -165,7 +166,8 @@ class _Runner:
         self._scheduler: Scheduler[QueuedGeneration] = Scheduler(settings.slots)
         self._replies: dict[QueuedGeneration, _Reply] = {}
         self._row_cost = self._measure_row_cost() if settings.lookup else 1.0
-        self._step = steps_of(self._model.decode, self._batch)
+        self._prefill = prefill_of(self._model, settings.prefill_chunk, recorder)
+        self._step = steps_of(self._model.decode, self._batch, recorder)
 
     # Requests in and out
 
@@ -268,7 +270,7 @@ class _Runner:
         """Compute a chunk and, after the last one, draw the first token."""
         self._prefixes.wrote(chunk.slot, chunk.end)
         embeddings = self._embed(reply, chunk.start, chunk.end)
-        logits = self._model.prefill(chunk.slot, embeddings, chunk.start, reply.image_spans)
+        logits = self._prefill(chunk.slot, embeddings, chunk.start, reply.image_spans)
         self._prefixes.hold(chunk.slot, reply.cuts[chunk.end])
         self._counters.prefilled_tokens += chunk.end - chunk.start
         if chunk.last:
@@ -354,6 +356,14 @@ class _Runner:
 
     def _index(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _recorded_encoder(model: GemmaModel, recorder: Recorder) -> Encode:
+    """Raises CompileError if the recipe has the tower compiled and that fails."""
+    try:
+        return picture_encoder(model, recorder if weights_device(model).type == "cuda" else None)
+    except TorchDynamoException as error:
+        raise CompileError("the vision tower could not be compiled") from error
 
 
 def picture_spans(token_ids: Sequence[int], image_token_id: int | None) -> list[Span]:

@@ -8,6 +8,7 @@ transformers' `generate` is the oracle.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,21 @@ from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
 
 Span = tuple[int, int]  # positions begin ≤ p < end of one picture's soft tokens
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StaticChunk:
+    """A chunk of one slot's prompt as tensors of fixed shapes, all on the model's device. See `TextModel.prefill_static`.
+
+    embeddings: [size, hidden]; positions: int64 [size], consecutive; slot, last: int64 [1], which slot and the index of the
+    last row that counts. pictures: int64 [reach], for each position of the prompt the number of its picture, 0 for none.
+    """
+
+    embeddings: Tensor
+    positions: Tensor
+    slot: Tensor
+    last: Tensor
+    pictures: Tensor
 
 
 class TextModel:
@@ -67,6 +83,24 @@ class TextModel:
             attend = self._chunk_attention(cache, slot, start, masks[layer.sliding])
             x = _block(x, layer, self.weights.shape, rotations[layer.sliding], self._linear, attend)
         return self._logits(x[-1:])[0]
+
+    def prefill_static(self, chunk: StaticChunk) -> Tensor:
+        """`prefill` without anything that the host decides, for a recording. Float32 logits [vocabulary] after row `last`.
+
+        Rows after `last` may hold anything finite: nobody looks at them, and later positions overwrite what they leave in
+        the cache. All positions lie below `reach`, no ring wraps: the caller sees to it.
+        """
+        reach = torch.arange(chunk.pictures.shape[0], device=chunk.positions.device)
+        query = chunk.positions[:, None]
+        own = chunk.pictures[chunk.positions][:, None]
+        seen = (reach <= query) | ((own > 0) & (own == chunk.pictures))
+        masks = {False: seen, True: seen & (reach > query - self.cache.window)}
+        rotations = {sliding: self.rope.at(chunk.positions, sliding=sliding) for sliding in (True, False)}
+        x = chunk.embeddings
+        for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
+            attend = self._static_attention(cache, chunk, masks[layer.sliding])
+            x = _block(x, layer, self.weights.shape, rotations[layer.sliding], self._linear, attend)
+        return self._logits(x.index_select(0, chunk.last))[0]
 
     def extend(self, slot: int, token_ids: Tensor, start: int) -> Tensor:
         """Decode several given tokens of one slot at once: float32 logits [tokens, vocabulary], one after each.
@@ -117,6 +151,21 @@ class TextModel:
                 attn_mask=mask, scale=self.weights.shape.attention_scale, enable_gqa=True,
             )  # fmt: skip
             cache.write_(slot, start, key, value)
+            return out[0].transpose(0, 1)
+
+        return attend
+
+    def _static_attention(self, cache: LayerCache, chunk: StaticChunk, mask: Tensor) -> Attend:
+        """Store a chunk, then attend to all that the slot may hold, as far as the mask lets."""
+        slots, reach = chunk.slot.expand_as(chunk.positions), chunk.pictures.shape[0]
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            cache.append_(slots, chunk.positions, key, value)
+            keys, values = (part[:, :, :reach].index_select(0, chunk.slot) for part in (cache.keys, cache.values))
+            out = functional.scaled_dot_product_attention(
+                query.transpose(0, 1)[None], keys, values,
+                attn_mask=mask, scale=self.weights.shape.attention_scale, enable_gqa=True,
+            )  # fmt: skip
             return out[0].transpose(0, 1)
 
         return attend

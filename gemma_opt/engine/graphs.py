@@ -1,9 +1,10 @@
-"""The decode step, sampler included, recorded once for every number of rows and replayed: one launch a token.
+"""What a request needs, recorded once and replayed: one launch for a picture, for a chunk of a prompt, for a decoded token.
 
-At setup each pair of a row count (1, 2, 4, … slots) and a sampler level becomes one CUDA graph, the largest first, all in one
-memory pool; nothing is captured or compiled after that. In service a step picks the smallest recording that fits and
-fills missing rows with the first slot again (`batch.step` allows that). Without a GPU a recording is the step itself, so
-that everything but the capture is the same code.
+Launching hundreds of small kernels from Python takes longer than they run. So at setup each size of a prompt's chunk, and
+each pair of a row count (1, 2, 4, … slots) and a sampler level, becomes one CUDA graph, the largest first, all in one memory
+pool: they run one after another, and what they give lies outside. Nothing is captured or compiled after that. In service
+the smallest recording that fits is taken: missing rows of a step repeat its first slot (`batch.step` allows that), missing
+rows of a chunk hold junk. Without a GPU a recording is the function itself, so that all but the capture is the same code.
 """
 
 from __future__ import annotations
@@ -12,23 +13,70 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gemma_opt.engine.batch import Batch, Decode, Level, step, step_apart
+from gemma_opt.engine.forward import Span, StaticChunk, TextModel
 
 log = logging.getLogger(__name__)
 
+
+class Prefill(Protocol):
+    """Reads a chunk of one slot's prompt: what `TextModel.prefill` promises."""
+
+    def __call__(self, slot: int, embeddings: Tensor, start: int, image_spans: Sequence[Span] = ()) -> Tensor:
+        """Float32 logits [vocabulary] after the last token."""
+        ...
+
+
+CHUNK_SIZES = (32, 64, 128, 288, 512)  # of tokens: 288 are a picture's 256 and some text before it
 WARM_UPS = 2  # runs before a capture: compile kernels, allocate what libraries allocate once
 
 
-def steps_of(decode: Decode, batch: Batch) -> Callable[[Sequence[int]], Tensor]:
+def steps_of(decode: Decode, batch: Batch, recorder: Recorder) -> Callable[[Sequence[int]], Tensor]:
     """The fastest way to decode one token of each of some slots: int64 [slots], fed back into the batch.
 
     On a GPU recorded; elsewhere each row pays only for the sampling that it asked for. The tokens are the same.
     """
-    return RecordedSteps(decode, batch) if batch.tokens.is_cuda else partial(step_apart, decode, batch)
+    return RecordedSteps(decode, batch, recorder) if batch.tokens.is_cuda else partial(step_apart, decode, batch)
+
+
+def prefill_of(model: TextModel, longest: int, recorder: Recorder) -> Prefill:
+    """The fastest way to read chunks of up to `longest` tokens: recorded on a GPU."""
+    return RecordedPrefill(model, longest, recorder) if model.weights.device.type == "cuda" else model.prefill
+
+
+class Recorder:
+    """Turns functions of fixed tensors into ones that do the same without Python: CUDA graphs, which share their memory.
+
+    They must not run at the same time, and what they leave must lie in tensors made before. Without a GPU a function stays
+    what it is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.captures = 0  # graphs captured so far: must not grow in service
+        self._on_gpu = device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Runs `run` a few times."""
+        if not self._on_gpu:
+            return run
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may use the GPU meanwhile (a second process's engine, a picture being moved)
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            run()
+        self.captures += 1
+        return graph.replay
 
 
 class RecordedSteps:
@@ -37,7 +85,7 @@ class RecordedSteps:
     decode: as in `batch.step`; on a GPU it must not allocate in a way that a graph cannot hold, nor wait for the host.
     """
 
-    def __init__(self, decode: Decode, batch: Batch) -> None:
+    def __init__(self, decode: Decode, batch: Batch, recorder: Recorder) -> None:
         self._decode, self._batch = decode, batch
         most = batch.tokens.shape[0]
         device = batch.tokens.device
@@ -45,7 +93,7 @@ class RecordedSteps:
         self._tokens = torch.zeros(most, dtype=torch.int64, device=device)
         self._held: list[int] = [0] * most  # what `_slots` holds, so that the same rows again need no copy
         self._row_counts = row_counts(most)
-        self._recorder = _Recorder(device)
+        self._recorder = recorder
         started = time.monotonic()
         self._recordings: dict[tuple[int, Level], Callable[[], None]] = {}
         for rows in reversed(self._row_counts):
@@ -57,7 +105,7 @@ class RecordedSteps:
 
     @property
     def captures(self) -> int:
-        """CUDA graphs captured so far: must not grow in service."""
+        """CUDA graphs captured so far, prefill's included: must not grow in service."""
         return self._recorder.captures
 
     def __call__(self, slots: Sequence[int]) -> Tensor:
@@ -84,29 +132,49 @@ class RecordedSteps:
         self._batch.positions.zero_()
 
 
-class _Recorder:
-    """Turns a function of fixed tensors into one that does the same without Python: a captured CUDA graph."""
+class RecordedPrefill:
+    """`TextModel.prefill` for chunks of up to `longest` tokens. Made on the thread that will call it, while no slot is in use.
 
-    def __init__(self, device: torch.device) -> None:
-        self.captures = 0
-        self._on_gpu = device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
+    Chunks past the shortest ring, which wraps there, and longer ones go the plain way.
+    """
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        if not self._on_gpu:
-            return run
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads may use the GPU meanwhile (a second process's engine, a picture being moved)
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            run()
-        self.captures += 1
-        return graph.replay
+    def __init__(self, model: TextModel, longest: int, recorder: Recorder) -> None:
+        weights, device = model.weights, model.weights.device
+        self._model = model
+        self._reach = min(layer.length for layer in model.cache.layers)
+        enough = next((size for size in CHUNK_SIZES if size >= longest), CHUNK_SIZES[-1])
+        sizes = [size for size in CHUNK_SIZES if size <= min(enough, self._reach)]
+        largest = max(sizes, default=0)
+        self._embeddings = torch.zeros(largest, weights.shape.hidden, dtype=weights.dtype, device=device)
+        self._positions = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._slot, self._last = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        self._pictures = torch.zeros(self._reach, dtype=torch.int64, device=device)
+        self._logits = torch.zeros(weights.head.out_features, device=device)
+        self._recordings: dict[int, Callable[[], None]] = {}
+        for size in reversed(sizes):
+            torch.arange(size, out=self._positions[:size])
+            self._recordings[size] = recorder.record(partial(self._run, size))
+
+    def __call__(self, slot: int, embeddings: Tensor, start: int, image_spans: Sequence[Span] = ()) -> Tensor:
+        """As `TextModel.prefill`; the logits are valid until the next call."""
+        count = embeddings.shape[0]
+        fitting = [size for size in self._recordings if count <= size <= self._reach - start]
+        if not fitting:
+            return self._model.prefill(slot, embeddings, start, image_spans)
+        size = min(fitting)
+        self._embeddings[:count] = embeddings
+        torch.arange(start, start + size, out=self._positions[:size])
+        self._slot.fill_(slot)
+        self._last.fill_(count - 1)
+        self._pictures.zero_()
+        for number, (begin, stop) in enumerate(image_spans, start=1):
+            self._pictures[begin:stop] = number
+        self._recordings[size]()
+        return self._logits
+
+    def _run(self, size: int) -> None:
+        chunk = StaticChunk(self._embeddings[:size], self._positions[:size], self._slot, self._last, self._pictures)
+        self._logits.copy_(self._model.prefill_static(chunk))
 
 
 def row_counts(most: int) -> tuple[int, ...]:

@@ -6,9 +6,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from gemma_opt.engine.graphs import Recorder
 from gemma_opt.gemma import GemmaModel, weights_device
 
 CACHE_BYTES = 128 * 2**20  # 50 pictures of the 4B model in float32, 100 in bfloat16
@@ -44,12 +46,33 @@ class PictureCache:
         return found
 
 
-def picture_encoder(model: GemmaModel) -> Encode:
-    """The vision tower and projector of a model that sees."""
+def picture_encoder(model: GemmaModel, recorder: Recorder | None = None) -> Encode:
+    """The vision tower and projector of a model that sees. recorder: records them for pictures of the model's own size."""
     find_features = cast(Callable[[Tensor], BaseModelOutputWithPooling], model.get_image_features)
+    device, dtype = weights_device(model), model.dtype
+
+    def features(batch: Tensor) -> Tensor:
+        return cast(Tensor, find_features(batch).pooler_output)[0].to(dtype)
 
     def encode(pixels: Tensor) -> Tensor:
-        batch = pixels[None].to(weights_device(model), model.dtype)
-        return cast(Tensor, find_features(batch).pooler_output)[0].to(model.dtype)
+        return features(pixels[None].to(device, dtype))
 
-    return encode
+    if recorder is None:
+        return encode
+    side = int(getattr(model.config, "vision_config").image_size)  # noqa: B009 text models have none
+    batch = torch.zeros(1, 3, side, side, dtype=dtype, device=device)
+    soft_tokens = features(batch)
+
+    def run() -> None:
+        soft_tokens.copy_(features(batch))
+
+    replay = recorder.record(run)
+
+    def encode_recorded(pixels: Tensor) -> Tensor:
+        if pixels.shape != batch.shape[1:]:
+            return encode(pixels)
+        batch.copy_(pixels[None])
+        replay()
+        return soft_tokens.clone()
+
+    return encode_recorded

@@ -13,6 +13,7 @@ from gemma_opt.engine.kernels.triton_tuning import Tuning
 from gemma_opt.engine.linear import linear
 from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Halves, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights
 
+PIECE_BYTES = 32 * 2**20  # a 4B model's largest matrix is 105 MB in bfloat16
 TILES = tuple(2**power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length()))  # of rows
 
 
@@ -76,7 +77,18 @@ class TritonLinear:
             return self._few(matrix_of(packed), x.contiguous())
         if isinstance(packed, Int4Halves):
             return functional.linear(x, dequantize_int4(matrix_of(packed), x.dtype))
+        if isinstance(packed, Int8Rows | Fp8Rows):
+            return self._in_pieces(packed, x)
         return linear(packed, x)
+
+    def _in_pieces(self, packed: Int8Rows | Fp8Rows, x: Tensor) -> Tensor:
+        """As `linear`, with no more than PIECE_BYTES of converted weights at a time."""
+        out = torch.empty(x.shape[0], packed.out_features, dtype=x.dtype, device=x.device)
+        rows = max(1, PIECE_BYTES // (packed.weight.shape[1] * x.element_size()))
+        for begin in range(0, packed.out_features, rows):
+            piece = slice(begin, begin + rows)
+            out[:, piece] = functional.linear(x, packed.weight[piece].to(x.dtype)) * packed.scale[piece]
+        return out
 
     def warm_up(self, weights: TextWeights) -> None:
         """Compile what a prompt of any length may need, so that no request waits for it: one product of every kind."""

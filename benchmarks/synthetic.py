@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from gemma_opt import gemma
-from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, LayerWeights, PackedLinear, TextShape, TextWeights
+from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, LayerWeights, PackedLinear, Stacked, TextShape, TextWeights
 
 GROUP = 32
 
@@ -95,8 +95,9 @@ def bytes_read(weights: TextWeights) -> int:
     """Bytes of weights that one decode step reads, however many rows it has: the table is the head, and read whole."""
 
     def size(packed: PackedLinear) -> int:
-        parts = vars(packed).values()
-        return sum(part.nbytes if isinstance(part, Tensor) else sum(map(size, part)) for part in parts if part is not None)
+        if isinstance(packed, Stacked):
+            return sum(map(size, packed.parts))
+        return sum(part.nbytes for part in vars(packed).values() if isinstance(part, Tensor))
 
     linears = sum(size(part) for layer in weights.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down))
     return linears + size(weights.head)

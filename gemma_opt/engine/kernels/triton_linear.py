@@ -131,11 +131,16 @@ def _linear_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_f
     above = tl.zeros((block_out, block_rows), tl.float32)
     if steps == 1 and even and not gated:  # all of a program's weights are under way before it waits
         start_next(early)
-        k = split * block_in + tl.arange(0, block_in)
-        w = _rowwise_tile(weight, o, k, o[:, None] < out_features, in_features, operand)
+        k = split * block_in + tl.arange(0, block_in // 2)
+        inside = o[:, None] < out_features
+        first = _rowwise_tile(weight, o, k, inside, in_features, operand)
+        second = _rowwise_tile(weight, o, k + block_in // 2, inside, in_features, operand)
         wait(early)
-        values = tl.load(x + r[None, :] * in_features + k[:, None], mask=r[None, :] < rows, other=0.0).to(operand)
-        acc = tl.dot(w, values, acc, input_precision="ieee")
+        place = x + r[None, :] * in_features + k[:, None]
+        values = tl.load(place, mask=r[None, :] < rows, other=0.0).to(operand)
+        more_values = tl.load(place + block_in // 2, mask=r[None, :] < rows, other=0.0).to(operand)
+        acc = tl.dot(first, values, acc, input_precision="ieee")
+        acc += tl.dot(second, more_values, above, input_precision="ieee")
     else:
         _begin(weight, split, out_features, gated, splits, block_out, early, row_bytes, ahead, threads)
         for step in range(steps):
@@ -193,8 +198,12 @@ def _scaled(nibbles, steps, first_group, o, out_features, stride: tl.constexpr, 
     """
     g = first_group + tl.arange(0, groups)
     words = tl.load(steps + g[None, :] * stride + o[:, None], mask=o[:, None] < out_features, other=0)
-    s = (words << 16).to(tl.float32, bitcast=True).to(operand)
-    z = (words & -65536).to(tl.float32, bitcast=True).to(operand)
+    if operand == tl.bfloat16:
+        s = words.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        z = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        s = (words << 16).to(tl.float32, bitcast=True)
+        z = (words & -65536).to(tl.float32, bitcast=True)
     s = tl.reshape(tl.broadcast_to(s[:, :, None], (block_out, groups, group)), (block_out, groups * group))
     z = tl.reshape(tl.broadcast_to(z[:, :, None], (block_out, groups, group)), (block_out, groups * group))
     return (nibbles - z) * s
@@ -214,37 +223,53 @@ def _int4_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_fea
     even: tl.constexpr = blocks % splits == 0 and in_features == 2 * row_bytes
     groups: tl.constexpr = half // group
     stride: tl.constexpr = 2 * out_features if gated else out_features
-    _begin(weight, split, out_features, gated, splits, block_out, early, row_bytes, ahead, threads)
+    w_mask = o[:, None] < out_features
+    low_mask = r[None, :] < rows
+    high_mask = low_mask
     acc = tl.zeros((block_out, block_rows), tl.float32)
+    acc_high = tl.zeros((block_out, block_rows), tl.float32)  # apart: products that need not wait for each other
     above = tl.zeros((block_out, block_rows), tl.float32)
-    for step in range(steps):
-        block = split * steps + step
-        low_k = 2 * half * block + tl.arange(0, half)
-        high_k = low_k + half
-        w_mask = o[:, None] < out_features
-        low_mask = r[None, :] < rows
-        high_mask = low_mask
-        if not even:  # beyond the end activations are 0, whatever weights they meet
-            low_mask = low_mask & (low_k[:, None] < in_features)
-            high_mask = high_mask & (high_k[:, None] < in_features)
-            block = tl.minimum(block, blocks - 1)
-        low_values = tl.load(x + r[None, :] * in_features + low_k[:, None], mask=low_mask, other=0.0).to(operand)
-        high_values = tl.load(x + r[None, :] * in_features + high_k[:, None], mask=high_mask, other=0.0).to(operand)
-        place = o[:, None].to(tl.int64) * row_bytes + (block * half + tl.arange(0, half))[None, :]
-        first = 2 * groups * block
+    above_high = tl.zeros((block_out, block_rows), tl.float32)
+    if steps == 1 and even and not gated:  # all of a program's weights are under way before it waits
+        start_next(early)
+        first = 2 * groups * split
+        place = o[:, None].to(tl.int64) * row_bytes + (split * half + tl.arange(0, half))[None, :]
         low, high = _nibbles(tl.load(weight + place, mask=w_mask, other=0), operand)
         low = _scaled(low, scale, first, o, out_features, stride, groups, group, operand, block_out)
         high = _scaled(high, scale, first + groups, o, out_features, stride, groups, group, operand, block_out)
+        wait(early)
+        k = 2 * half * split + tl.arange(0, half)
+        low_values = tl.load(x + r[None, :] * in_features + k[:, None], mask=low_mask, other=0.0).to(operand)
+        high_values = tl.load(x + r[None, :] * in_features + half + k[:, None], mask=low_mask, other=0.0).to(operand)
         acc = tl.dot(low, low_values, acc, input_precision="ieee")
-        acc = tl.dot(high, high_values, acc, input_precision="ieee")
-        if gated:
-            low, high = _nibbles(tl.load(weight + out_features * row_bytes + place, mask=w_mask, other=0), operand)
-            shifted = scale + out_features
-            low = _scaled(low, shifted, first, o, out_features, stride, groups, group, operand, block_out)
-            high = _scaled(high, shifted, first + groups, o, out_features, stride, groups, group, operand, block_out)
-            above = tl.dot(low, low_values, above, input_precision="ieee")
-            above = tl.dot(high, high_values, above, input_precision="ieee")
-    _finish(acc, above, out, r, o, split, rows, out_features, gated)
+        acc_high = tl.dot(high, high_values, acc_high, input_precision="ieee")
+    else:
+        _begin(weight, split, out_features, gated, splits, block_out, early, row_bytes, ahead, threads)
+        for step in range(steps):
+            block = split * steps + step
+            low_k = 2 * half * block + tl.arange(0, half)
+            high_k = low_k + half
+            if not even:  # beyond the end activations are 0, whatever weights they meet
+                low_mask = (r[None, :] < rows) & (low_k[:, None] < in_features)
+                high_mask = (r[None, :] < rows) & (high_k[:, None] < in_features)
+                block = tl.minimum(block, blocks - 1)
+            low_values = tl.load(x + r[None, :] * in_features + low_k[:, None], mask=low_mask, other=0.0).to(operand)
+            high_values = tl.load(x + r[None, :] * in_features + high_k[:, None], mask=high_mask, other=0.0).to(operand)
+            place = o[:, None].to(tl.int64) * row_bytes + (block * half + tl.arange(0, half))[None, :]
+            first = 2 * groups * block
+            low, high = _nibbles(tl.load(weight + place, mask=w_mask, other=0), operand)
+            low = _scaled(low, scale, first, o, out_features, stride, groups, group, operand, block_out)
+            high = _scaled(high, scale, first + groups, o, out_features, stride, groups, group, operand, block_out)
+            acc = tl.dot(low, low_values, acc, input_precision="ieee")
+            acc_high = tl.dot(high, high_values, acc_high, input_precision="ieee")
+            if gated:
+                low, high = _nibbles(tl.load(weight + out_features * row_bytes + place, mask=w_mask, other=0), operand)
+                shifted = scale + out_features
+                low = _scaled(low, shifted, first, o, out_features, stride, groups, group, operand, block_out)
+                high = _scaled(high, shifted, first + groups, o, out_features, stride, groups, group, operand, block_out)
+                above = tl.dot(low, low_values, above, input_precision="ieee")
+                above_high = tl.dot(high, high_values, above_high, input_precision="ieee")
+    _finish(acc + acc_high, above + above_high, out, r, o, split, rows, out_features, gated)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ CANDIDATES = tuple(
     )
     for splits in (1, 2, 4, 5)
 )  # fmt: skip
-ONE_STEP = tuple((outputs, inputs, warps) for outputs, warps in ((16, 1), (32, 2)) for inputs in (512, 1024))
+ONE_STEP = tuple((outputs, inputs, warps) for outputs, warps in ((16, 1), (32, 2)) for inputs in (256, 512, 1024))
 """Outputs, inputs and warps of blocks that need one step, their splits following from the matrix: see `_linear_kernel`."""
 ENOUGH_PROGRAMS = 264  # two for each multiprocessor of the largest GPU: fewer leave bandwidth unused
 MOST_SPLITS = 10  # the next kernel adds them up
@@ -118,10 +118,13 @@ class Tuning:
 
 def _candidates(matrix: Matrix, *, gated: bool) -> list[Blocks]:
     """Those that give every split the same work. A gated product is needed whole where it ends, so it cannot be split."""
-    own_inputs = {replace(blocks, inputs=2 * matrix.half): None for blocks in CANDIDATES} if matrix.group else CANDIDATES
+    block = 2 * matrix.half  # of int4
+    one_step = (Blocks(outputs, inputs, matrix.in_features // inputs, warps, 1) for outputs, inputs, warps in ONE_STEP)
+    few = (blocks for blocks in one_step if 1 < blocks.splits <= MOST_SPLITS and block in (0, blocks.inputs))
+    several = {replace(blocks, inputs=block or blocks.inputs): None for blocks in CANDIDATES}
     return [
         blocks
-        for blocks in own_inputs
+        for blocks in (*several, *few)
         if blocks.splits == 1 or (not gated and matrix.in_features % (blocks.splits * blocks.inputs) == 0)
     ]
 

@@ -84,10 +84,9 @@ def engine(request: pytest.FixtureRequest) -> Iterator[AnyEngine]:
     running.close()
 
 
-def fast_engine(**settings: float) -> FastEngine:
-    made = engine_of("fast", **settings)
-    assert isinstance(made, FastEngine)
-    return made
+def fast_engine(*, run_ahead: bool | None = None, **settings: float) -> FastEngine:
+    section = EngineSection.model_validate({"context": CONTEXT} | settings)
+    return FastEngine(shared_model, section, Compile(), keep_layers=True, run_ahead=run_ahead)
 
 
 # Tokens
@@ -282,10 +281,11 @@ def test_a_text_model_has_no_vision_tower_to_compile(kind: str) -> None:
 NAMES = ("a picture", "text", "past the window", "two pictures", "one token", "pan and scan")
 
 
+@pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"prefill_chunk": 16}, {"lookup": 5}, {"prefill_chunk": 33, "lookup": 3}])
-def test_all_at_once_every_reply_is_the_oracles(settings: dict[str, float]) -> None:
+def test_all_at_once_every_reply_is_the_oracles(settings: dict[str, float], run_ahead: bool) -> None:
     """Whatever the prompts are cut into, whoever comes and goes beside them, with and without guesses."""
-    engine = fast_engine(slots=4, queue=16, **settings)
+    engine = fast_engine(slots=4, queue=16, run_ahead=run_ahead, **settings)
     try:
         running = [(name, engine.submit(exactly(name))) for name in NAMES * 2]
         for name, generation in running:
@@ -296,8 +296,9 @@ def test_all_at_once_every_reply_is_the_oracles(settings: dict[str, float]) -> N
         engine.close()
 
 
-def test_a_reply_is_unchanged_by_its_neighbours_and_by_their_cancel() -> None:
-    engine = fast_engine(slots=4, queue=64, prefill_chunk=48)
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_a_reply_is_unchanged_by_its_neighbours_and_by_their_cancel(run_ahead: bool) -> None:
+    engine = fast_engine(slots=4, queue=64, prefill_chunk=48, run_ahead=run_ahead)
     samplings = {seed: sampled(NAMES[seed % len(NAMES)], seed) for seed in range(8)}
     try:
         alone = {seed: list(engine.submit(request)) for seed, request in samplings.items()}
@@ -337,8 +338,9 @@ def test_every_way_of_sampling_is_the_references(sampling: SamplingParams) -> No
             engine.close()
 
 
-def test_a_cancel_lets_the_next_in_line_in() -> None:
-    engine = fast_engine(slots=2, queue=4)
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_a_cancel_lets_the_next_in_line_in(run_ahead: bool) -> None:
+    engine = fast_engine(slots=2, queue=4, run_ahead=run_ahead)
     try:
         running = [engine.submit(exactly("text", 400)) for _ in range(2)]
         for generation in running:

@@ -55,7 +55,7 @@ def test_recorded_steps_give_the_tokens_of_plain_steps(ready: tuple[TextModel, B
     recorded = RecordedSteps(model.decode, batch, Recorder(DEVICE))
     start(model, batch)
     captures = recorded.captures
-    assert [recorded(slots).tolist() for slots in TURNS] == expected
+    assert [recorded(slots)() for slots in TURNS] == expected
     assert recorded.captures == captures
 
 
@@ -67,9 +67,9 @@ def test_rows_that_fill_a_recording_up_change_nothing() -> None:
     batch = Batch(5, weights.shape.vocabulary, [1, 106], DEVICE)
     recorded = RecordedSteps(model.decode, batch, Recorder(DEVICE))
     start(model, batch)
-    together = [recorded([2, 0, 1]).tolist() for _ in range(3)]
+    together = [recorded([2, 0, 1])() for _ in range(3)]
     start(model, batch)
-    alone = [[recorded([slot]).item() for slot in (2, 0, 1)] for _ in range(3)]
+    alone = [[recorded([slot])()[0] for slot in (2, 0, 1)] for _ in range(3)]
     assert together == alone
 
 
@@ -115,5 +115,5 @@ def test_every_row_count_and_level_is_captured_once(ready: tuple[TextModel, Batc
     assert recorded.captures == 3 * 3
     start(model, batch)
     for slots in TURNS:
-        recorded(slots)
+        recorded(slots)()
     assert recorded.captures == 3 * 3

@@ -22,7 +22,7 @@ from gemma_opt.engine.batch import Batch
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
 from gemma_opt.engine.forward import TextModel
-from gemma_opt.engine.graphs import Recorder, prefill_of, steps_of
+from gemma_opt.engine.graphs import Recorder, Tokens, prefill_of, steps_of
 from gemma_opt.engine.interface import EngineRequest, FinishReason
 from gemma_opt.engine.kernels import arrangement
 from gemma_opt.engine.lookup import PromptLookup
@@ -61,6 +61,7 @@ class FastEngine:
     warm_up_request: answered before the constructor returns, without a time limit: it pays for compilation.
     keep_layers: leave transformers' text layers usable, for evaluation; otherwise they are emptied as they are packed.
     compile_cache: a checkpoint's folder of that name; what it has for this device is used.
+    run_ahead: start the next decode step before a step's tokens are read; by default where a GPU would have to wait.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class FastEngine:
         *,
         keep_layers: bool = False,
         compile_cache: Path | None = None,
+        run_ahead: bool | None = None,
     ) -> None:
         self.context = settings.context
         self.counters = Counters()
@@ -81,8 +83,9 @@ class FastEngine:
 
         def start() -> _Runner:
             runner = _Runner(
-                load(), settings, self._compiler, self.counters, keep_layers=keep_layers, compile_cache=compile_cache
-            )
+                load(), settings, self._compiler, self.counters,
+                keep_layers=keep_layers, compile_cache=compile_cache, run_ahead=run_ahead,
+            )  # fmt: skip
             if warm_up_request:
                 warm_up(runner, warm_up_request())
             return runner
@@ -111,7 +114,7 @@ class FastEngine:
         self._thread.close()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Reply:
     """A request on its way through the engine. position: where `last`, the newest token, belongs; it is not in the cache."""
 
@@ -135,6 +138,14 @@ class _Reply:
         return self.limit - self.given
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A decode step under way."""
+
+    replies: tuple[_Reply, ...]
+    tokens: Tokens
+
+
 class _Runner:
     """The engine's thread's side: model, cache and everything that is running. See the module's text for a turn."""
 
@@ -148,6 +159,7 @@ class _Runner:
         *,
         keep_layers: bool,
         compile_cache: Path | None,
+        run_ahead: bool | None,
     ) -> None:
         compiler.compile_modules_(model)
         self._settings, self._counters = settings, counters
@@ -165,6 +177,9 @@ class _Runner:
         self._prefixes = Prefixes(settings.slots, ring, cache.window)
         self._scheduler: Scheduler[QueuedGeneration] = Scheduler(settings.slots)
         self._replies: dict[QueuedGeneration, _Reply] = {}
+        self._ahead: _Step | None = None
+        wanted = self._device.type == "cuda" if run_ahead is None else run_ahead
+        self._runs_ahead = wanted and not settings.lookup  # guesses are made from the tokens
         self._row_cost = self._measure_row_cost() if settings.lookup else 1.0
         self._prefill = prefill_of(self._model, settings.prefill_chunk, recorder)
         self._step = steps_of(self._model.decode, self._batch, recorder)
@@ -297,15 +312,34 @@ class _Runner:
     # Decode
 
     def _decode(self, replies: Sequence[_Reply]) -> None:
-        self._counters.steps += 1
+        if self._ahead and not any(reply in replies for reply in self._ahead.replies):
+            self._ahead = None
         guesses = [self._guess(reply, len(replies)) for reply in replies]
         if any(guesses):
             return self._decode_guessing(replies, guesses)
-        tokens = self._step([reply.slot for reply in replies]).tolist()
-        for reply, token in zip(replies, tokens, strict=True):
-            self._prefixes.wrote(reply.slot, reply.position + 1)
-            self._learn(reply, 0, [token], len(replies))
+        under_way = self._ahead or self._launch(replies)
+        self._ahead = self._launch_ahead(replies, under_way) if self._runs_ahead else None
+        for reply, token in zip(under_way.replies, under_way.tokens(), strict=True):
+            if reply.generation in self._replies:  # else it ended with the token before
+                self._learn(reply, 0, [token], len(replies))
         return None
+
+    def _launch(self, replies: Sequence[_Reply], under_way: Sequence[_Reply] = ()) -> _Step:
+        """Start a step. under_way: those whose last token is not known here yet, though it is where the step reads it."""
+        for reply in replies:
+            self._prefixes.wrote(reply.slot, reply.position + (2 if reply in under_way else 1))
+        self._counters.steps += 1
+        return _Step(tuple(replies), self._step([reply.slot for reply in replies]))
+
+    def _launch_ahead(self, replies: Sequence[_Reply], under_way: _Step) -> _Step | None:
+        """Start the step after the one under way, before that one's tokens are read: so the device need not wait for the host.
+
+        A reply that ends with the token under way is computed once in vain. Not while prompts are to be read.
+        """
+        if self._scheduler.reading:
+            return None
+        lasting = [reply for reply in replies if reply.left > (1 if reply in under_way.replies else 0)]
+        return self._launch(lasting, under_way.replies) if lasting else None
 
     def _guess(self, reply: _Reply, rows: int) -> list[int]:
         return reply.lookup.guess(self._row_cost, rows)[: reply.left - 1] if reply.lookup else []
@@ -317,6 +351,7 @@ class _Runner:
             for reply, guess in zip(replies, guesses, strict=True)
             for ahead, token in enumerate((reply.last, *guess))
         ]
+        self._counters.steps += 1
         tokens, slots, positions = (self._index(column) for column in zip(*rows, strict=True))
         logits = self._model.decode(tokens, slots, positions)
         drawn = self._batch.draw_apart(logits, [slot for _, slot, _ in rows], positions + 1).tolist()

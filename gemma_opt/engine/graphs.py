@@ -24,6 +24,12 @@ from gemma_opt.engine.forward import Span, StaticChunk, TextModel
 log = logging.getLogger(__name__)
 
 
+Tokens = Callable[[], list[int]]
+"""A decode step that is under way: waits for it, and for no later one, and gives a token for each of its slots."""
+Steps = Callable[[Sequence[int]], Tokens]
+"""Decodes one token of each of some slots and feeds them back into the batch, so that the next step can be launched at once."""
+
+
 class Prefill(Protocol):
     """Reads a chunk of one slot's prompt: what `TextModel.prefill` promises."""
 
@@ -33,15 +39,23 @@ class Prefill(Protocol):
 
 
 CHUNK_SIZES = (32, 64, 128, 288, 512)  # of tokens: 288 are a picture's 256 and some text before it
+UNDER_WAY = 2  # decode steps at most, of which the tokens are not read yet
 WARM_UPS = 2  # runs before a capture: compile kernels, allocate what libraries allocate once
 
 
-def steps_of(decode: Decode, batch: Batch, recorder: Recorder) -> Callable[[Sequence[int]], Tensor]:
-    """The fastest way to decode one token of each of some slots: int64 [slots], fed back into the batch.
+def steps_of(decode: Decode, batch: Batch, recorder: Recorder) -> Steps:
+    """The fastest way to decode: on a GPU recorded; elsewhere each row pays only for the sampling that it asked for.
 
-    On a GPU recorded; elsewhere each row pays only for the sampling that it asked for. The tokens are the same.
+    The tokens are the same.
     """
-    return RecordedSteps(decode, batch, recorder) if batch.tokens.is_cuda else partial(step_apart, decode, batch)
+    if batch.tokens.is_cuda:
+        return RecordedSteps(decode, batch, recorder)
+
+    def at_once(slots: Sequence[int]) -> Tokens:
+        tokens = step_apart(decode, batch, slots).tolist()
+        return lambda: tokens
+
+    return at_once
 
 
 def prefill_of(model: TextModel, longest: int, recorder: Recorder) -> Prefill:
@@ -91,6 +105,8 @@ class RecordedSteps:
         device = batch.tokens.device
         self._slots = torch.zeros(most, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(most, dtype=torch.int64, device=device)
+        self._ready = [_HostTokens(most, device) for _ in range(UNDER_WAY)]
+        self._turn = 0
         self._held: list[int] = [0] * most  # what `_slots` holds, so that the same rows again need no copy
         self._row_counts = row_counts(most)
         self._recorder = recorder
@@ -108,15 +124,16 @@ class RecordedSteps:
         """CUDA graphs captured so far, prefill's included: must not grow in service."""
         return self._recorder.captures
 
-    def __call__(self, slots: Sequence[int]) -> Tensor:
-        """Decode one token of each slot: int64 [slots], valid until the next call. Fed back into the batch already."""
+    def __call__(self, slots: Sequence[int]) -> Tokens:
+        """See `Steps`. Of the tokens of UNDER_WAY steps none may be missed."""
         rows = next(count for count in self._row_counts if count >= len(slots))
         wanted = [*slots, *[slots[0]] * (rows - len(slots))]
         if wanted != self._held[:rows]:
             self._slots[:rows].copy_(torch.tensor(wanted), non_blocking=True)
             self._held[:rows] = wanted
         self._recordings[rows, self._batch.level(slots)]()
-        return self._tokens[: len(slots)]
+        self._turn = (self._turn + 1) % UNDER_WAY
+        return self._ready[self._turn].fetch(self._tokens[: len(slots)])
 
     def _record(self, rows: int, level: Level) -> Callable[[], None]:
         slots, tokens = self._slots[:rows], self._tokens[:rows]
@@ -130,6 +147,28 @@ class RecordedSteps:
         """Recording has moved slot 0 on; `Batch.start` resets the rest."""
         self._batch.tokens.zero_()
         self._batch.positions.zero_()
+
+
+class _HostTokens:
+    """Tokens on their way to the host, beside whatever the GPU does next."""
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        self._tokens = torch.zeros(most, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+
+    def fetch(self, tokens: Tensor) -> Tokens:
+        """Start copying `tokens`."""
+        here, event = self._tokens[: tokens.shape[0]], self._event
+        here.copy_(tokens, non_blocking=True)
+        if event:
+            event.record()
+
+        def wait() -> list[int]:
+            if event:
+                event.synchronize()
+            return here.tolist()
+
+        return wait
 
 
 class RecordedPrefill:

@@ -91,6 +91,11 @@ class Scheduler(Generic[Key]):
         return not (self._waiting or self._prefilling or self._decoding)
 
     @property
+    def reading(self) -> bool:
+        """Some prompt can be read now."""
+        return bool(self._prefilling or (self._waiting and self._free))
+
+    @property
     def keys(self) -> list[Key]:
         """All that wait or run."""
         return [*self._decoding, *(entry.key for entry in self._prefilling), *(entry.key for entry in self._waiting)]

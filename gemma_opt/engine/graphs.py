@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from gemma_opt.engine.batch import Batch, Decode, Level, step, step_apart
+from gemma_opt.engine.batch import Batch, Decode, Level, Sampler, step, step_apart
+from gemma_opt.engine.kernels.gpu import find_samplers
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +36,19 @@ class RecordedSteps:
     """One decode step of any slots. Made on the thread that will call it, while no slot is in use: recording decodes junk.
 
     decode: as in `batch.step`; on a GPU it must not allocate in a way that a graph cannot hold, nor wait for the host.
+    samplers: one of each level, likewise; by default the fastest that the device has.
     """
 
-    def __init__(self, decode: Decode, batch: Batch) -> None:
-        self._decode, self._batch = decode, batch
+    def __init__(self, decode: Decode, batch: Batch, samplers: Mapping[Level, Sampler] | None = None) -> None:
+        self._decode, self._batch, self._samplers = decode, batch, samplers or find_samplers(batch)
         most = batch.tokens.shape[0]
         device = batch.tokens.device
         self._slots = torch.zeros(most, dtype=torch.int64, device=device)
-        self._tokens = torch.zeros(most, dtype=torch.int64, device=device)
         self._held: list[int] = [0] * most  # what `_slots` holds, so that the same rows again need no copy
         self._row_counts = row_counts(most)
         self._recorder = _Recorder(device)
         started = time.monotonic()
-        self._recordings: dict[tuple[int, Level], Callable[[], None]] = {}
+        self._recordings: dict[tuple[int, Level], Callable[[], Tensor]] = {}
         for rows in reversed(self._row_counts):
             for level in reversed(Level):
                 self._recordings[rows, level] = self._record(rows, level)
@@ -67,16 +68,10 @@ class RecordedSteps:
         if wanted != self._held[:rows]:
             self._slots[:rows].copy_(torch.tensor(wanted), non_blocking=True)
             self._held[:rows] = wanted
-        self._recordings[rows, self._batch.level(slots)]()
-        return self._tokens[: len(slots)]
+        return self._recordings[rows, self._batch.level(slots)]()[: len(slots)]
 
-    def _record(self, rows: int, level: Level) -> Callable[[], None]:
-        slots, tokens = self._slots[:rows], self._tokens[:rows]
-
-        def run() -> None:
-            tokens.copy_(step(self._decode, self._batch, slots, level))
-
-        return self._recorder.record(run)
+    def _record(self, rows: int, level: Level) -> Callable[[], Tensor]:
+        return self._recorder.record(partial(step, self._decode, self._batch, self._slots[:rows], self._samplers[level]))
 
     def _forget_junk(self) -> None:
         """Recording has moved slot 0 on; `Batch.start` resets the rest."""
@@ -85,14 +80,17 @@ class RecordedSteps:
 
 
 class _Recorder:
-    """Turns a function of fixed tensors into one that does the same without Python: a captured CUDA graph."""
+    """Turns a function of fixed tensors into one that does the same without Python: a captured CUDA graph.
+
+    The result is then the same tensor every time, in memory that the graphs share: valid until the next of them runs.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.captures = 0
         self._on_gpu = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         if not self._on_gpu:
             return run
         stream = torch.cuda.Stream()
@@ -104,9 +102,14 @@ class _Recorder:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may use the GPU meanwhile (a second process's engine, a picture being moved)
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            run()
+            result = run()
         self.captures += 1
-        return graph.replay
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
 
 
 def row_counts(most: int) -> tuple[int, ...]:

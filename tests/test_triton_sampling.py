@@ -104,6 +104,12 @@ def test_among_equal_logits_the_lower_ids_are_the_better(vocabulary: int, level:
     check(torch.zeros_like(logits), samplings, torch.arange(len(samplings)), level=level)
 
 
+def test_top_p_ends_where_its_share_is_reached_exactly() -> None:
+    """Four equals: two of them hold a half."""
+    sampling = SamplingParams(temperature=1, top_k=4, top_p=0.5)
+    assert set(check(torch.zeros(30, 500), [sampling] * 30, torch.arange(30) + 9)) == {0, 1}
+
+
 @pytest.mark.parametrize("vocabulary", [1000, 9000])
 @pytest.mark.parametrize("left", [1, 3, 100])
 def test_impossible_tokens_are_not_drawn(vocabulary: int, left: int) -> None:

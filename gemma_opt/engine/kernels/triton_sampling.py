@@ -149,9 +149,10 @@ def _pick_best(keys, least, picked, width: tl.constexpr):
 
 @triton.jit
 def _race(key, top, position, temperature, top_k, top_p, min_p, seed):
-    """The key that `sampling`'s race picks among candidates in any order; NOTHING where no number wins. key: [width].
+    """The key that `sampling`'s race picks among candidates in any order; NOTHING where none is kept. key: [width].
 
-    top: the greatest. A candidate's rank and the probability before it are sums over those with greater keys.
+    top: the greatest, which is not kept where top_p is 0 or where it is not a number; it wins all the same.
+    A candidate's rank and the probability before it are sums over those with greater keys.
     """
     there = key != NOTHING
     weight = tl.where(there, tl.exp((_value_of(key) - _value_of(top)).to(tl.float64) / temperature.to(tl.float64)), 0.0)
@@ -160,7 +161,7 @@ def _race(key, top, position, temperature, top_k, top_p, min_p, seed):
     kept = tl.where(rank < top_k, weight, 0.0)
     mass_before = tl.sum(tl.where(before, kept[None, :], 0.0), 1)
     keep = (rank < top_k) & (mass_before < top_p.to(tl.float64) * tl.sum(kept, 0)) & (weight >= min_p.to(tl.float64))
-    keep = (keep | (rank == 0)) & (weight > 0)  # what weighs nothing loses every race
+    keep = keep & (weight > 0)  # what weighs nothing loses every race
     noise = _exponential_noise(seed, position, _token_of(key)).to(tl.float64)
     race = tl.where(keep, noise / tl.where(keep, weight, 1.0), float("inf"))
     return tl.max(tl.where(keep & (race == tl.min(race, 0)), key, NOTHING), 0)

@@ -21,12 +21,19 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gemma_opt.engine.kernels import triton_attention, triton_layer, triton_linear
+from gemma_opt.engine.batch import Level
+from gemma_opt.engine.kernels import triton_attention, triton_layer, triton_linear, triton_sampling
 from gemma_opt.engine.kernels.triton_compiled import install_compiled, keep_compiled
 from gemma_opt.engine.kernels.triton_linear import Blocks
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"int8": "i8", "bfloat16": "bf16", "fp8": "fp8e4nv", "int4": "u8"}
+CHUNKS = {"vocabulary": 262_208, "stops": 2, "chunk": 64}
+SAMPLED = {
+    **dict.fromkeys(("slots", "positions", "stops_from", "stop_ids", "best", "picked", "route", "top_k", "seed"), "i64"),
+    **dict.fromkeys(("last_tokens", "last_positions", "tokens"), "i64"),
+    **dict.fromkeys(("logits", "temperature", "top_p", "min_p"), "fp32"), "seen": "u8",
+}  # fmt: skip
 HEADS = {"heads": 8, "kv_heads": 4, "head_dim": 256, "length": 1024}
 
 Compile = Callable[[int], dict[str, int]]
@@ -119,6 +126,21 @@ KERNELS: dict[str, Compile] = {
         triton_layer._embed_kernel,
         {"tokens": "i64", "table": "i8", "scale": "fp32", "norm": "fp32", "residual": "bf16", "normed": "bf16"},
         {"eps": "fp32", "embedding_scale": "fp32"}, {"hidden": 2560, "has_scale": True, "block": 4096}, warps=8,
+    ),
+    **{
+        f"maxima of {part}": compiled(
+            triton_sampling._maxima_kernel, SAMPLED, {"stride": "i32"},
+            {**CHUNKS, "piece": triton_sampling.PIECE, "by_chunk": part == "chunks"}, warps=4,
+        )
+        for part in ("pieces", "chunks")
+    },
+    "greedy token": compiled(
+        triton_sampling._greedy_kernel, SAMPLED, {}, {"vocabulary": 262_208, "pieces": 129, "block": 256},
+        warps=triton_sampling.WARPS[Level.GREEDY],
+    ),
+    "narrow token": compiled(
+        triton_sampling._narrow_kernel, SAMPLED, {"stride": "i32"}, {**CHUNKS, "width": 64, "block": 8192},
+        warps=triton_sampling.WARPS[Level.NARROW],
     ),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import TextModel
 from gemma_opt.engine.graphs import RecordedPrefill, RecordedSteps, Recorder, row_counts
 from gemma_opt.engine.interface import SamplingParams
+from gemma_opt.engine.kernels.gpu import find_samplers
 from gemma_opt.engine.weights import take_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +53,7 @@ def test_recorded_steps_give_the_tokens_of_plain_steps(ready: tuple[TextModel, B
     model, batch = ready
     start(model, batch)
     expected = [step_apart(model.decode, batch, slots).tolist() for slots in TURNS]
-    recorded = RecordedSteps(model.decode, batch, Recorder(DEVICE))
+    recorded = RecordedSteps(model.decode, batch, Recorder(DEVICE), find_samplers(batch))
     start(model, batch)
     captures = recorded.captures
     assert [recorded(slots)() for slots in TURNS] == expected
@@ -65,7 +66,7 @@ def test_rows_that_fill_a_recording_up_change_nothing() -> None:
     weights = take_weights(shared_model().to(DEVICE), release=False)
     model = TextModel(weights, KvCache(weights, slots=5, context=64))
     batch = Batch(5, weights.shape.vocabulary, [1, 106], DEVICE)
-    recorded = RecordedSteps(model.decode, batch, Recorder(DEVICE))
+    recorded = RecordedSteps(model.decode, batch, Recorder(DEVICE), find_samplers(batch))
     start(model, batch)
     together = [recorded([2, 0, 1])() for _ in range(3)]
     start(model, batch)
@@ -111,7 +112,7 @@ def test_recorded_chunks_give_what_plain_ones_give(cuts: list[Cut]) -> None:
 @torch.no_grad()
 def test_every_row_count_and_level_is_captured_once(ready: tuple[TextModel, Batch]) -> None:
     model, batch = ready
-    recorded = RecordedSteps(model.decode, batch, Recorder(DEVICE))
+    recorded = RecordedSteps(model.decode, batch, Recorder(DEVICE), find_samplers(batch))
     assert recorded.captures == 3 * 3
     start(model, batch)
     for slots in TURNS:

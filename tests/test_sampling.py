@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -199,7 +200,7 @@ def test_the_static_step_and_the_one_apart_make_the_same_tokens() -> None:
     decoder, slots = Decoder(3000), list(range(len(PENALIZED)))
     static, apart = batch_of(PENALIZED), batch_of(PENALIZED)
     for _ in range(6):
-        one = step(decoder, static, torch.tensor(slots), Level.ALL)
+        one = step(decoder, static, torch.tensor(slots), partial(static.advance, level=Level.ALL))
         assert torch.equal(one, step_apart(decoder, apart, slots))
     assert torch.equal(static.seen, apart.seen)
     assert static.positions.tolist() == [9] * len(slots)
@@ -219,8 +220,8 @@ def test_a_row_twice_in_a_step_changes_nothing() -> None:
     decoder = Decoder(3000)
     once, filled = batch_of(PENALIZED[:3]), batch_of(PENALIZED[:3])
     for _ in range(4):
-        one = step(decoder, once, torch.tensor([0, 1, 2]), Level.ALL)
-        more = step(decoder, filled, torch.tensor([0, 1, 2, 0, 0]), Level.ALL)
+        one = step(decoder, once, torch.tensor([0, 1, 2]), partial(once.advance, level=Level.ALL))
+        more = step(decoder, filled, torch.tensor([0, 1, 2, 0, 0]), partial(filled.advance, level=Level.ALL))
         assert more[:3].tolist() == one.tolist()
     assert torch.equal(once.positions, filled.positions)
     assert torch.equal(once.seen, filled.seen)

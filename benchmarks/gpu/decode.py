@@ -24,7 +24,7 @@ from gemma_opt.engine.forward import TextModel
 from gemma_opt.engine.graphs import RecordedSteps, Recorder
 from gemma_opt.engine.interface import SamplingParams
 from gemma_opt.engine.kernels import arrangement
-from gemma_opt.engine.kernels.gpu import keeping_compiled, tune
+from gemma_opt.engine.kernels.gpu import find_samplers, keeping_compiled, tune
 from gemma_opt.engine.weights import TextWeights, take_weights
 
 FORMATS = ("int8", "int4-g128", "int4-g32", "bf16")
@@ -57,7 +57,7 @@ def measure(shape: str, stored: str, ceiling: float) -> dict[str, object]:
     with keeping_compiled(COMPILE_CACHE):
         model = TextModel(weights, cache, compile_cache=COMPILE_CACHE)
         batch = Batch(max(ROWS), weights.shape.vocabulary, [1], DEVICE)
-        steps = RecordedSteps(model.decode, batch, Recorder(DEVICE))
+        steps = RecordedSteps(model.decode, batch, Recorder(DEVICE), find_samplers(batch))
     entry: dict[str, object] = {
         "weight_bytes_per_step": bytes_read(weights), "copy_gb_s": ceiling, "position": min(POSITION, context // 2),
         "tune_s": round(tuned - started, 1), "capture_s": round(time.monotonic() - tuned, 1), "captures": steps.captures,

@@ -25,6 +25,12 @@ from gemma_opt.engine.sampling import (
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(tokens, slots, positions), each int64 [rows] → float32 logits [rows, vocabulary]; may be overwritten by the sampler."""
 
+Sampler = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits [rows, vocabulary], slots, positions) → the tokens after `positions`, int64 [rows], fed back into the batch.
+
+Valid until its next call. Of two rows with one slot both do the same. `Batch.advance` is one of each level.
+"""
+
 
 class Level(IntEnum):
     """How much of the sampler a captured step holds. Each level's tokens are those of the levels below."""
@@ -50,7 +56,7 @@ def level_of(samplings: Collection[SamplingParams]) -> Level:
 
 
 class Batch:
-    """The state of all slots. Every tensor is [slots] but `seen`, bool [slots, vocabulary]."""
+    """The state of all slots. Every tensor is [slots] but `seen`, bool [slots, vocabulary], and `stop_ids`."""
 
     def __init__(self, slots: int, vocabulary: int, stop_ids: Collection[int], device: torch.device) -> None:
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)  # the last of each slot, not yet in its cache
@@ -59,7 +65,7 @@ class Batch:
         self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
         self.rows = SamplingRows.empty(slots, device)
         self._yes = torch.ones((), dtype=torch.bool, device=device)  # a Python True would be copied to the GPU in every step
-        self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
+        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)  # [stop ids]
         self._samplings = [SamplingParams(temperature=0)] * slots
 
     def start(self, slot: int, sampling: SamplingParams, token_ids: Sequence[int]) -> None:
@@ -91,6 +97,12 @@ class Batch:
             logits = penalize_repetition(logits, self.seen[slots], rows.penalty)
         return next_tokens(logits, rows, positions, LEVEL_ROUTES[level])
 
+    def advance(self, logits: Tensor, slots: Tensor, positions: Tensor, level: Level) -> Tensor:
+        """`draw` the tokens that follow those at `positions`, and `feed` them: int64 [rows]."""
+        tokens = self.draw(logits, slots, positions + 1, level)
+        self.feed(slots, tokens, positions + 1)
+        return tokens
+
     def draw_apart(self, logits: Tensor, slots: Sequence[int], positions: Tensor) -> Tensor:
         """The same tokens, each row paying for what its own request asked for."""
         samplings = [self._samplings[slot] for slot in slots]
@@ -107,19 +119,18 @@ class Batch:
     def _hold_stops_back_(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
         """No stop token before min_new_tokens."""
         held = (positions < self.stops_from[slots])[:, None]
-        logits[:, self._stop_ids] = logits[:, self._stop_ids].masked_fill(held, -torch.inf)
+        logits[:, self.stop_ids] = logits[:, self.stop_ids].masked_fill(held, -torch.inf)
 
 
-def step(decode: Decode, batch: Batch, slots: Tensor, level: Level) -> Tensor:
+def step(decode: Decode, batch: Batch, slots: Tensor, sampler: Sampler) -> Tensor:
     """One decode step of `slots` (int64 [rows]): their next tokens, int64 [rows], which are also fed back into `batch`.
+
+    sampler: of `batch` and of at least its level of these slots.
 
     A slot may occur twice (rows that fill a captured step up): both rows then do the same and write the same.
     """
     positions = batch.positions[slots]
-    logits = decode(batch.tokens[slots], slots, positions)
-    tokens = batch.draw(logits, slots, positions + 1, level)
-    batch.feed(slots, tokens, positions + 1)
-    return tokens
+    return sampler(decode(batch.tokens[slots], slots, positions), slots, positions)
 
 
 def step_apart(decode: Decode, batch: Batch, slots: Sequence[int]) -> Tensor:

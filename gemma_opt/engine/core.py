@@ -182,7 +182,7 @@ class _Runner:
         self._runs_ahead = wanted and not settings.lookup  # guesses are made from the tokens
         self._row_cost = self._measure_row_cost() if settings.lookup else 1.0
         self._prefill = prefill_of(self._model, settings.prefill_chunk, recorder)
-        self._step = steps_of(self._model.decode, self._batch, recorder)
+        self._step, self._first_token = steps_of(self._model.decode, self._batch, recorder)
 
     # Requests in and out
 
@@ -289,11 +289,9 @@ class _Runner:
         self._prefixes.hold(chunk.slot, reply.cuts[chunk.end])
         self._counters.prefilled_tokens += chunk.end - chunk.start
         if chunk.last:
-            slot, position = self._index([chunk.slot]), self._index([chunk.end])
-            token = self._batch.draw_apart(logits[None], [chunk.slot], position)
-            self._batch.feed(slot, token, position)
+            token = self._first_token(logits, chunk.slot, chunk.end)
             reply.position = chunk.end - 1
-            self._learn(reply, 0, token.tolist(), 1)
+            self._learn(reply, 0, [token], 1)
 
     def _embed(self, reply: _Reply, start: int, end: int) -> Tensor:
         """Embeddings [tokens, hidden] of a chunk of the prompt, its pictures in their places."""

@@ -11,23 +11,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from gemma_opt.engine.batch import Batch, Decode, Level, step, step_apart
+from gemma_opt.engine.batch import Batch, Decode, Level, Sampler, step, step_apart
 from gemma_opt.engine.forward import Span, StaticChunk, TextModel
+from gemma_opt.engine.kernels.gpu import find_samplers
 
 log = logging.getLogger(__name__)
 
+_Result = TypeVar("_Result")
 
 Tokens = Callable[[], list[int]]
 """A decode step that is under way: waits for it, and for no later one, and gives a token for each of its slots."""
 Steps = Callable[[Sequence[int]], Tokens]
 """Decodes one token of each of some slots and feeds them back into the batch, so that the next step can be launched at once."""
+
+
+FirstToken = Callable[[Tensor, int, int], int]
+"""(logits [vocabulary], slot, position) → the token drawn for that position of the slot and fed into the batch."""
 
 
 class Prefill(Protocol):
@@ -43,19 +49,32 @@ UNDER_WAY = 2  # decode steps at most, of which the tokens are not read yet
 WARM_UPS = 2  # runs before a capture: compile kernels, allocate what libraries allocate once
 
 
-def steps_of(decode: Decode, batch: Batch, recorder: Recorder) -> Steps:
-    """The fastest way to decode: on a GPU recorded; elsewhere each row pays only for the sampling that it asked for.
+def steps_of(decode: Decode, batch: Batch, recorder: Recorder) -> tuple[Steps, FirstToken]:
+    """The fastest way to decode, and to begin: on a GPU recorded; elsewhere each row pays only for what it asked for.
 
     The tokens are the same.
     """
     if batch.tokens.is_cuda:
-        return RecordedSteps(decode, batch, recorder)
+        samplers = find_samplers(batch)
+        return RecordedSteps(decode, batch, recorder, samplers), partial(_first_token, batch, samplers)
 
     def at_once(slots: Sequence[int]) -> Tokens:
         tokens = step_apart(decode, batch, slots).tolist()
         return lambda: tokens
 
-    return at_once
+    return at_once, partial(_first_token_apart, batch)
+
+
+def _first_token(batch: Batch, samplers: Mapping[Level, Sampler], logits: Tensor, slot: int, position: int) -> int:
+    where = torch.tensor([[slot], [position - 1]], device=logits.device)
+    return int(samplers[batch.level([slot])](logits[None], *where)[0])
+
+
+def _first_token_apart(batch: Batch, logits: Tensor, slot: int, position: int) -> int:
+    slots, positions = torch.tensor([[slot], [position]], device=logits.device)
+    token = batch.draw_apart(logits[None], [slot], positions)
+    batch.feed(slots, token, positions)
+    return int(token[0])
 
 
 def prefill_of(model: TextModel, longest: int, recorder: Recorder) -> Prefill:
@@ -66,8 +85,8 @@ def prefill_of(model: TextModel, longest: int, recorder: Recorder) -> Prefill:
 class Recorder:
     """Turns functions of fixed tensors into ones that do the same without Python: CUDA graphs, which share their memory.
 
-    They must not run at the same time, and what they leave must lie in tensors made before. Without a GPU a function stays
-    what it is.
+    So a result that is not a tensor made before is valid until the next of them runs, and they must not run at the same
+    time. Without a GPU a function stays what it is.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -75,8 +94,8 @@ class Recorder:
         self._on_gpu = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Runs `run` a few times."""
+    def record(self, run: Callable[[], _Result]) -> Callable[[], _Result]:
+        """Runs `run` a few times. What it returns then is the same object every time."""
         if not self._on_gpu:
             return run
         stream = torch.cuda.Stream()
@@ -88,30 +107,35 @@ class Recorder:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may use the GPU meanwhile (a second process's engine, a picture being moved)
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            run()
+            result = run()
         self.captures += 1
-        return graph.replay
+
+        def replay() -> _Result:
+            graph.replay()
+            return result
+
+        return replay
 
 
 class RecordedSteps:
     """One decode step of any slots. Made on the thread that will call it, while no slot is in use: recording decodes junk.
 
     decode: as in `batch.step`; on a GPU it must not allocate in a way that a graph cannot hold, nor wait for the host.
+    samplers: one of each level, likewise.
     """
 
-    def __init__(self, decode: Decode, batch: Batch, recorder: Recorder) -> None:
-        self._decode, self._batch = decode, batch
+    def __init__(self, decode: Decode, batch: Batch, recorder: Recorder, samplers: Mapping[Level, Sampler]) -> None:
+        self._decode, self._batch, self._samplers = decode, batch, samplers
         most = batch.tokens.shape[0]
         device = batch.tokens.device
         self._slots = torch.zeros(most, dtype=torch.int64, device=device)
-        self._tokens = torch.zeros(most, dtype=torch.int64, device=device)
         self._ready = [_HostTokens(most, device) for _ in range(UNDER_WAY)]
         self._turn = 0
         self._held: list[int] = [0] * most  # what `_slots` holds, so that the same rows again need no copy
         self._row_counts = row_counts(most)
         self._recorder = recorder
         started = time.monotonic()
-        self._recordings: dict[tuple[int, Level], Callable[[], None]] = {}
+        self._recordings: dict[tuple[int, Level], Callable[[], Tensor]] = {}
         for rows in reversed(self._row_counts):
             for level in reversed(Level):
                 self._recordings[rows, level] = self._record(rows, level)
@@ -131,17 +155,12 @@ class RecordedSteps:
         if wanted != self._held[:rows]:
             self._slots[:rows].copy_(torch.tensor(wanted), non_blocking=True)
             self._held[:rows] = wanted
-        self._recordings[rows, self._batch.level(slots)]()
+        tokens = self._recordings[rows, self._batch.level(slots)]()
         self._turn = (self._turn + 1) % UNDER_WAY
-        return self._ready[self._turn].fetch(self._tokens[: len(slots)])
+        return self._ready[self._turn].fetch(tokens[: len(slots)])
 
-    def _record(self, rows: int, level: Level) -> Callable[[], None]:
-        slots, tokens = self._slots[:rows], self._tokens[:rows]
-
-        def run() -> None:
-            tokens.copy_(step(self._decode, self._batch, slots, level))
-
-        return self._recorder.record(run)
+    def _record(self, rows: int, level: Level) -> Callable[[], Tensor]:
+        return self._recorder.record(partial(step, self._decode, self._batch, self._slots[:rows], self._samplers[level]))
 
     def _forget_junk(self) -> None:
         """Recording has moved slot 0 on; `Batch.start` resets the rest."""

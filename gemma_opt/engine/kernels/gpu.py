@@ -6,11 +6,13 @@ import importlib.util
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from gemma_opt.engine.batch import Batch, Level, Sampler
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import TextWeights
@@ -55,6 +57,17 @@ def find_gpu_kernels(
     linear = TritonLinear(tuning)
     linear.warm_up(weights)
     return step, linear
+
+
+def find_samplers(batch: Batch) -> dict[Level, Sampler]:
+    """What draws the tokens of each level on the batch's device: two kernels below `Level.ALL`, else torch operations."""
+    samplers: dict[Level, Sampler] = {level: partial(batch.advance, level=level) for level in Level}
+    device = batch.tokens.device
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < OLDEST:
+        return samplers
+    from gemma_opt.engine.kernels.triton_sampling import TritonSampler
+
+    return samplers | {level: TritonSampler(batch, level) for level in (Level.GREEDY, Level.NARROW)}
 
 
 @contextmanager

@@ -101,11 +101,11 @@ KERNELS: dict[str, Compile] = {
     "attention": compiled(
         triton_attention._attend_kernel,
         {"query": "bf16", "slots": "i64", "positions": "i64", "keys": "bf16", "values": "bf16", "most": "fp32", "total": "fp32",
-         "mixed": "fp32", "later": "i8"},
-        {"scale": "fp32", "window": "i32", "later_bytes": "i32"},
+         "mixed": "fp32"},
+        {"scale": "fp32", "window": "i32"},
         {**HEADS, "splits": 16, "operand": tl.bfloat16, "block_heads": 16, "block_dim": 256, "block": triton_attention.BLOCK,
-         "threads": 128},
-        warps=4,
+         "threads": triton_attention.THREADS},
+        warps=triton_attention.THREADS // 32,
     ),
     "join": compiled(
         triton_attention._join_kernel, {"most": "fp32", "total": "fp32", "mixed": "fp32", "out": "bf16"}, {},

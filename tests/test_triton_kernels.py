@@ -21,13 +21,14 @@ from torch.nn import functional
 
 from gemma_opt import pipeline
 from gemma_opt.engine.cache import KvCache
-from gemma_opt.engine.forward import TextModel, rms_norm
+from gemma_opt.engine.forward import StaticChunk, TextModel
 from gemma_opt.engine.kernels import triton_attention, triton_layer
 from gemma_opt.engine.kernels.triton_decode import TritonDecode
 from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, dequantize_int4, multiply
 from gemma_opt.engine.kernels.triton_matrices import TritonLinear, arrange, matrix_of
+from gemma_opt.engine.kernels.triton_prefill import TritonPrefill
 from gemma_opt.engine.kernels.triton_tuning import Tuning, default_blocks, file_name
-from gemma_opt.engine.linear import linear
+from gemma_opt.engine.linear import linear, rms_norm
 from gemma_opt.engine.rope import RopeTables, rope_table, rotate
 from gemma_opt.engine.weights import (
     FloatRows,
@@ -43,7 +44,8 @@ from gemma_opt.engine.weights import (
 from gemma_opt.recipe import Recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BLOCKS = Blocks(outputs=32, inputs=64)
+BLOCKS = Blocks(outputs=32, inputs=64, stages=2)
+CLOSE = 1e-5 if DEVICE.type == "cuda" else 1e-6  # a GPU's exponentials and square roots are good to 22 bits
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -94,7 +96,7 @@ def test_product_of_every_format(kind: str, rows: int, outputs: int, inputs: int
     x = torch.randn(rows, inputs, generator=seeded(rows))
     out = poison(1, rows, outputs)
     multiply(stored, x.to(DEVICE), out, BLOCKS)
-    assert error(out[0], x.double() @ meant.T) < 1e-6
+    assert error(out[0], x.double() @ meant.T) < CLOSE
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4-32z"])
@@ -105,7 +107,7 @@ def test_partial_results_add_up(kind: str, splits: int) -> None:
     x = torch.randn(3, 320, generator=seeded())
     out = poison(splits, 3, 40)
     multiply(stored, x.to(DEVICE), out, replace(BLOCKS, splits=splits))
-    assert error(out.sum(0), x.double() @ meant.T) < 1e-6
+    assert error(out.sum(0), x.double() @ meant.T) < CLOSE
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4-32z", "int4-64"])
@@ -115,7 +117,7 @@ def test_gated_product(kind: str) -> None:
     out = poison(1, 3, 35)
     multiply(stored, x.to(DEVICE), out, BLOCKS, gated=True)
     gate, up = (x.double() @ meant.T).chunk(2, dim=-1)
-    assert error(out[0], functional.gelu(gate, approximate="tanh") * up) < 1e-5
+    assert error(out[0], functional.gelu(gate, approximate="tanh") * up) < 10 * CLOSE
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4-32"])
@@ -148,8 +150,8 @@ def test_embedding_and_first_norm(has_scale: bool) -> None:
         embedding_scale=8.4, eps=1e-6,
     )  # fmt: skip
     meant = table[tokens].double() * (scale[tokens, None].double() if has_scale else 1.0) * 8.4
-    assert error(residual, meant) < 1e-6
-    assert error(normed, rms_norm(meant.float(), norm, 1e-6)) < 1e-6
+    assert error(residual, meant) < CLOSE
+    assert error(normed, rms_norm(meant.float(), norm, 1e-6)) < CLOSE
 
 
 def test_residual_and_norms() -> None:
@@ -159,8 +161,8 @@ def test_residual_and_norms() -> None:
     found, normed = residual.clone().to(DEVICE), poison(5, 70)
     triton_layer.add_norm(partial.to(DEVICE), post.to(DEVICE), found, following.to(DEVICE), normed, eps=1e-6)
     meant = residual + rms_norm(partial.sum(0), post, 1e-6)
-    assert error(found, meant) < 1e-6
-    assert error(normed, rms_norm(meant, following, 1e-6)) < 1e-6
+    assert error(found, meant) < CLOSE
+    assert error(normed, rms_norm(meant, following, 1e-6)) < CLOSE
 
 
 def test_queries_are_rotated_and_keys_and_values_stored_at_their_place_in_the_ring() -> None:
@@ -177,12 +179,12 @@ def test_queries_are_rotated_and_keys_and_values_stored_at_their_place_in_the_ri
     whole = partial.sum(0).view(3, -1, head_dim)
     q, k, v = whole.split([heads, kv_heads, kv_heads], dim=1)
     turned = (cos[positions], sin[positions])
-    assert error(query, rotate(rms_norm(q, query_norm, 1e-6), *turned)) < 1e-6
+    assert error(query, rotate(rms_norm(q, query_norm, 1e-6), *turned)) < CLOSE
     meant_keys, meant_values = torch.zeros_like(keys.cpu()), torch.zeros_like(values.cpu())
     meant_keys[slots, :, positions % length] = rotate(rms_norm(k, key_norm, 1e-6), *turned)
     meant_values[slots, :, positions % length] = v
-    assert error(keys, meant_keys) < 1e-6
-    assert error(values, meant_values) < 1e-6
+    assert error(keys, meant_keys) < CLOSE
+    assert error(values, meant_values) < CLOSE
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -210,7 +212,7 @@ def test_attention_reads_the_valid_positions_and_nothing_else(
         query.to(DEVICE), torch.arange(4, device=DEVICE), positions.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), out,
         triton_attention.Scratch.empty(4, heads, head_dim, DEVICE), scale=0.3, window=window,
     )  # fmt: skip
-    assert error(out.view_as(meant), meant) < 1e-6
+    assert error(out.view_as(meant), meant) < CLOSE
 
 
 @pytest.mark.parametrize(
@@ -233,17 +235,19 @@ def test_int4_weights_dequantize_to_what_the_torch_operations_make_of_them(group
     assert torch.equal(dequantize_int4(stored, torch.float32).cpu().double(), meant)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("rows", [1, 5, 40, 70])
 @pytest.mark.parametrize("kind", ["float32", "int8", "int4-32z"])
 def test_products_of_prefill_are_those_of_the_torch_operations(kind: str, rows: int) -> None:
-    """Few rows and many take different ways; so do linears of unlike formats on one input."""
+    """Few rows and many take different ways, and so may what lies between; so do linears of unlike formats on one input."""
     stored, _ = matrix(kind, 48, 256)
     packed = packed_as(stored)
     both = Stacked((packed, FloatRows(torch.randn(7, 256, generator=seeded()).to(DEVICE))))
     x = torch.randn(rows, 256, generator=seeded(rows)).to(DEVICE)
-    product = TritonLinear(Tuning(torch.float32))
-    assert error(product(packed, x), linear(packed, x)) < 1e-6
-    assert error(product(both, x), linear(both, x)) < 1e-6
+    measured = {f"{stored.key}:float32:64 rows": Blocks(32, 64, 1, 2, 2)}
+    for tuning in (Tuning(torch.float32), Tuning(torch.float32, measured)):
+        product = TritonLinear(tuning)
+        assert error(product(packed, x), linear(packed, x)) < CLOSE
+        assert error(product(both, x), linear(both, x)) < CLOSE
 
 
 def packed_as(stored: Matrix) -> PackedLinear:
@@ -268,10 +272,12 @@ def test_default_blocks_fill_the_gpu_and_leave_every_split_work() -> None:
 
 def test_tuning_choices_are_kept_for_this_torch_triton_and_device(tmp_path: Path) -> None:
     stored, _ = matrix("int8", 40, 256)
-    kept = Tuning(torch.bfloat16, {f"{stored.key}:bfloat16": Blocks(16, 256, 2, 2, 3)})
+    chosen = {"": Blocks(16, 256, 2, 2, 3), ":64 rows": Blocks(64, 128, 1, 4, 3)}
+    kept = Tuning(torch.bfloat16, {f"{stored.key}:bfloat16{rows}": blocks for rows, blocks in chosen.items()})
     kept.save(tmp_path)
     assert (tmp_path / file_name()).is_file()
     assert Tuning.load(tmp_path, torch.bfloat16).blocks(stored) == Blocks(16, 256, 2, 2, 3)
+    assert Tuning.load(tmp_path, torch.bfloat16).blocks_of_many(stored) == Blocks(64, 128, 1, 4, 3)
     assert Tuning.load(tmp_path, torch.float32).blocks(stored) == default_blocks(stored, gated=False)
     assert Tuning.load(None, torch.bfloat16).blocks(stored) == default_blocks(stored, gated=False)
 
@@ -304,13 +310,36 @@ def test_whole_decode_step(stored: str) -> None:
     tokens, slots = torch.randint(5, 400, (2,), generator=draw).to(DEVICE), torch.tensor([1, 0], device=DEVICE)
     positions = torch.tensor([150, 5], device=DEVICE)
     together = decode(tokens, slots, positions).clone()
-    assert error(together, expected.decode(tokens, slots, positions)) < 1e-5
+    assert error(together, expected.decode(tokens, slots, positions)) < 10 * CLOSE
     for found, meant in zip(mine.cache.layers, expected.cache.layers, strict=True):
-        assert error(found.keys, meant.keys) < 1e-5
-        assert error(found.values, meant.values) < 1e-5
+        assert error(found.keys, meant.keys) < 10 * CLOSE
+        assert error(found.values, meant.values) < 10 * CLOSE
     assert torch.equal(decode(tokens[:1], slots[:1], positions[:1])[0], together[0])
     with pytest.raises(ValueError, match="3 rows"):
         decode(*(torch.zeros(3, dtype=torch.int64, device=DEVICE) for _ in range(3)))
+
+
+@pytest.mark.parametrize("stored", ["fp32", "int4"])
+@torch.no_grad()
+def test_whole_prefill_of_a_chunk(stored: str) -> None:
+    """A first chunk with a picture and a second one, three rows too many each: logits and cache as with torch operations."""
+    weights = packed_model(stored)
+    expected, mine = (TextModel(weights, KvCache(weights, slots=2, context=200), use_kernels=False) for _ in range(2))
+    prefill = TritonPrefill(weights, mine.cache, mine.rope, TritonLinear(Tuning(weights.dtype)))
+    ids = torch.randint(5, 400, (40,), generator=seeded(4)).to(DEVICE)
+    pictures = torch.zeros(128, dtype=torch.int64, device=DEVICE)
+    pictures[4:12] = 1
+    slot = torch.tensor([1], device=DEVICE)
+    for begin, end in ((0, 15), (15, 37)):
+        positions = torch.arange(begin, end + 3, device=DEVICE)
+        last = torch.tensor([end - begin - 1], device=DEVICE)
+        embeddings = mine.embed(ids[begin : end + 3])
+        meant = expected.prefill_static(StaticChunk(embeddings, positions, slot, last, pictures))
+        found = prefill(embeddings, positions, slot, last, mine.masks(positions, pictures))
+        assert error(found, meant) < 10 * CLOSE
+    for found, meant in zip(mine.cache.layers, expected.cache.layers, strict=True):
+        assert error(found.keys, meant.keys) < 10 * CLOSE
+        assert error(found.values, meant.values) < 10 * CLOSE
 
 
 @pytest.mark.gpu

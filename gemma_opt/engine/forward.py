@@ -7,7 +7,7 @@ transformers' `generate` is the oracle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from gemma_opt.engine.cache import KvCache, LayerCache
-from gemma_opt.engine.kernels import DecodeStep, Linear, find_kernels
-from gemma_opt.engine.linear import linear, rows_of
+from gemma_opt.engine.kernels import DecodeStep, Linear, PrefillStep, find_kernels
+from gemma_opt.engine.linear import linear, rms_norm, rows_of
 from gemma_opt.engine.rope import RopeTables, Rotation, rotate
 from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
 
@@ -55,6 +55,7 @@ class TextModel:
         found = find_kernels(weights, cache, self.rope, compile_cache) if use_kernels else None
         self._linear: Linear = found.linear if found else linear
         self._decode_step: DecodeStep = found.decode_step if found else self._decode_with_torch
+        self._prefill_step: PrefillStep = found.prefill_step if found and found.prefill_step else self._prefill_with_torch
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Scaled embeddings [tokens, hidden] of token ids [tokens]."""
@@ -90,17 +91,28 @@ class TextModel:
         Rows after `last` may hold anything finite: nobody looks at them, and later positions overwrite what they leave in
         the cache. All positions lie below `reach`, no ring wraps: the caller sees to it.
         """
-        reach = torch.arange(chunk.pictures.shape[0], device=chunk.positions.device)
-        query = chunk.positions[:, None]
-        own = chunk.pictures[chunk.positions][:, None]
-        seen = (reach <= query) | ((own > 0) & (own == chunk.pictures))
-        masks = {False: seen, True: seen & (reach > query - self.cache.window)}
-        rotations = {sliding: self.rope.at(chunk.positions, sliding=sliding) for sliding in (True, False)}
-        x = chunk.embeddings
+        masks = self.masks(chunk.positions, chunk.pictures)
+        return self._prefill_step(chunk.embeddings, chunk.positions, chunk.slot, chunk.last, masks)
+
+    def masks(self, positions: Tensor, pictures: Tensor) -> dict[bool, Tensor]:
+        """Which positions below `reach` each row sees, in sliding (True) and in full layers: bool [rows, reach].
+
+        positions: int64 [rows]; pictures: int64 [reach], see `StaticChunk`.
+        """
+        reach = torch.arange(pictures.shape[0], device=positions.device)
+        query, own = positions[:, None], pictures[positions][:, None]
+        seen = (reach <= query) | ((own > 0) & (own == pictures))
+        return {False: seen, True: seen & (reach > query - self.cache.window)}
+
+    def _prefill_with_torch(
+        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, masks: Mapping[bool, Tensor]
+    ) -> Tensor:
+        rotations = {sliding: self.rope.at(positions, sliding=sliding) for sliding in (True, False)}
+        x = embeddings
         for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
-            attend = self._static_attention(cache, chunk, masks[layer.sliding])
+            attend = self._static_attention(cache, slot, positions, masks[layer.sliding])
             x = _block(x, layer, self.weights.shape, rotations[layer.sliding], self._linear, attend)
-        return self._logits(x.index_select(0, chunk.last))[0]
+        return self._logits(x.index_select(0, last))[0]
 
     def extend(self, slot: int, token_ids: Tensor, start: int) -> Tensor:
         """Decode several given tokens of one slot at once: float32 logits [tokens, vocabulary], one after each.
@@ -155,13 +167,12 @@ class TextModel:
 
         return attend
 
-    def _static_attention(self, cache: LayerCache, chunk: StaticChunk, mask: Tensor) -> Attend:
+    def _static_attention(self, cache: LayerCache, slot: Tensor, positions: Tensor, mask: Tensor) -> Attend:
         """Store a chunk, then attend to all that the slot may hold, as far as the mask lets."""
-        slots, reach = chunk.slot.expand_as(chunk.positions), chunk.pictures.shape[0]
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            cache.append_(slots, chunk.positions, key, value)
-            keys, values = (part[:, :, :reach].index_select(0, chunk.slot) for part in (cache.keys, cache.values))
+            cache.append_(slot.expand_as(positions), positions, key, value)
+            keys, values = (part[:, :, : mask.shape[1]].index_select(0, slot) for part in (cache.keys, cache.values))
             out = functional.scaled_dot_product_attention(
                 query.transpose(0, 1)[None], keys, values,
                 attn_mask=mask, scale=self.weights.shape.attention_scale, enable_gqa=True,
@@ -197,12 +208,6 @@ def _block(x: Tensor, layer: LayerWeights, shape: TextShape, rotation: Rotation,
     gate, up = product(layer.gate_up, rms_norm(x, layer.pre_mlp_norm, shape.eps)).chunk(2, dim=-1)
     mlp = product(layer.down, functional.gelu(gate, approximate="tanh") * up)
     return x + rms_norm(mlp, layer.post_mlp_norm, shape.eps)
-
-
-def rms_norm(x: Tensor, factor: Tensor, eps: float) -> Tensor:
-    """x / RMS(x) · factor over the last dimension, computed in float32, in x's dtype."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * factor).to(x.dtype)
 
 
 def _chunk_mask(start: int, end: int, history: int, spans: Sequence[Span], window: int | None, device: torch.device) -> Tensor:

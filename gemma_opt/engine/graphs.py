@@ -56,18 +56,13 @@ def steps_of(decode: Decode, batch: Batch, recorder: Recorder) -> tuple[Steps, F
     """
     if batch.tokens.is_cuda:
         samplers = find_samplers(batch)
-        return RecordedSteps(decode, batch, recorder, samplers), partial(_first_token, batch, samplers)
+        return RecordedSteps(decode, batch, recorder, samplers), _FirstToken(batch, samplers)
 
     def at_once(slots: Sequence[int]) -> Tokens:
         tokens = step_apart(decode, batch, slots).tolist()
         return lambda: tokens
 
     return at_once, partial(_first_token_apart, batch)
-
-
-def _first_token(batch: Batch, samplers: Mapping[Level, Sampler], logits: Tensor, slot: int, position: int) -> int:
-    where = torch.tensor([[slot], [position - 1]], device=logits.device)
-    return int(samplers[batch.level([slot])](logits[None], *where)[0])
 
 
 def _first_token_apart(batch: Batch, logits: Tensor, slot: int, position: int) -> int:
@@ -82,6 +77,20 @@ def prefill_of(model: TextModel, longest: int, recorder: Recorder) -> Prefill:
     return RecordedPrefill(model, longest, recorder) if model.weights.device.type == "cuda" else model.prefill
 
 
+class _FirstToken:
+    """Draws after a prompt with the samplers that a step has: they must not meet tensors of a kind they do not know."""
+
+    def __init__(self, batch: Batch, samplers: Mapping[Level, Sampler]) -> None:
+        self._batch, self._samplers = batch, samplers
+        self._slot, self._position = (torch.zeros(1, dtype=torch.int64, device=batch.tokens.device) for _ in range(2))
+
+    def __call__(self, logits: Tensor, slot: int, position: int) -> int:
+        """See `FirstToken`."""
+        self._slot.fill_(slot)
+        self._position.fill_(position - 1)
+        return int(self._samplers[self._batch.level([slot])](logits[None], self._slot, self._position)[0])
+
+
 class Recorder:
     """Turns functions of fixed tensors into ones that do the same without Python: CUDA graphs, which share their memory.
 
@@ -91,14 +100,15 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.captures = 0  # graphs captured so far: must not grow in service
-        self._on_gpu = device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
+        on_gpu = device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self._stream = torch.cuda.Stream(device) if on_gpu else None  # one: libraries hold memory for each stream they see
 
     def record(self, run: Callable[[], _Result]) -> Callable[[], _Result]:
         """Runs `run` a few times. What it returns then is the same object every time."""
-        if not self._on_gpu:
+        stream = self._stream
+        if stream is None:
             return run
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):

@@ -51,3 +51,9 @@ def rows_of(table: FloatRows | Int8Rows, ids: Tensor, dtype: torch.dtype) -> Ten
     """The table's rows of `ids` [tokens], gathered first and then scaled: [tokens, in] in `dtype`."""
     rows = table.weight[ids]
     return rows.to(dtype) if isinstance(table, FloatRows) else (rows * table.scale[ids, None]).to(dtype)
+
+
+def rms_norm(x: Tensor, factor: Tensor, eps: float) -> Tensor:
+    """x / RMS(x) · factor over the last dimension, computed in float32, in x's dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * factor).to(x.dtype)

@@ -55,7 +55,7 @@ def picture_encoder(model: GemmaModel, recorder: Recorder | None = None) -> Enco
         return cast(Tensor, find_features(batch).pooler_output)[0].to(dtype)
 
     def encode(pixels: Tensor) -> Tensor:
-        return features(pixels[None].to(device, dtype))
+        return features(pixels[None].to(device).to(dtype))
 
     if recorder is None:
         return encode
@@ -71,7 +71,7 @@ def picture_encoder(model: GemmaModel, recorder: Recorder | None = None) -> Enco
     def encode_recorded(pixels: Tensor) -> Tensor:
         if pixels.shape != batch.shape[1:]:
             return encode(pixels)
-        batch.copy_(pixels[None])
+        batch.copy_(pixels[None].to(device))  # converted there
         replay()
         return soft_tokens.clone()
 

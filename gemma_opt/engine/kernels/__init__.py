@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +24,16 @@ class DecodeStep(Protocol):
         ...
 
 
+class PrefillStep(Protocol):
+    """A chunk of one slot's prompt: the part of `TextModel.prefill_static` that is the same for every chunk."""
+
+    def __call__(
+        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, masks: Mapping[bool, Tensor]
+    ) -> Tensor:
+        """Float32 logits [vocabulary] after row `last`. masks: bool [rows, reach] of sliding (True) and of full layers."""
+        ...
+
+
 class Linear(Protocol):
     """The product of activations with a packed linear: what `engine.linear.linear` promises."""
 
@@ -37,6 +48,7 @@ class Kernels:
 
     decode_step: DecodeStep
     linear: Linear
+    prefill_step: PrefillStep | None = None
 
 
 def arrangement(device: torch.device) -> Arrange:

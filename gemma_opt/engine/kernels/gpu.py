@@ -20,6 +20,7 @@ from gemma_opt.engine.weights import TextWeights
 if TYPE_CHECKING:  # importing them needs Triton
     from gemma_opt.engine.kernels.triton_decode import TritonDecode
     from gemma_opt.engine.kernels.triton_matrices import TritonLinear
+    from gemma_opt.engine.kernels.triton_prefill import TritonPrefill
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ OLDEST = (8, 0)  # compute capability: the first with bfloat16 on its matrix uni
 
 def find_gpu_kernels(
     weights: TextWeights, cache: KvCache, rope: RopeTables, compile_cache: Path | None
-) -> tuple[TritonDecode, TritonLinear] | None:
-    """The decode step and prefill's products; None, with a line in the log, where torch operations must do.
+) -> tuple[TritonDecode, TritonLinear, TritonPrefill] | None:
+    """The decode step, prefill's products and prefill; None, with a line in the log, where torch operations must do.
 
     compile_cache: holds the blocks that `tune` measured for this device, and the kernels compiled for it; without them a
     rule decides about blocks, and the first steps compile.
@@ -43,6 +44,7 @@ def find_gpu_kernels(
     from gemma_opt.engine.kernels.triton_compiled import install_compiled
     from gemma_opt.engine.kernels.triton_decode import TritonDecode
     from gemma_opt.engine.kernels.triton_matrices import TritonLinear, Unsupported
+    from gemma_opt.engine.kernels.triton_prefill import TritonPrefill
     from gemma_opt.engine.kernels.triton_tuning import Tuning
 
     if compile_cache:
@@ -56,7 +58,7 @@ def find_gpu_kernels(
         return None
     linear = TritonLinear(tuning)
     linear.warm_up(weights)
-    return step, linear
+    return step, linear, TritonPrefill(weights, cache, rope, linear)
 
 
 def find_samplers(batch: Batch) -> dict[Level, Sampler]:

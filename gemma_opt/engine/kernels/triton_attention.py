@@ -17,19 +17,32 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma_opt.engine.kernels.triton_linear import operand_of
-from gemma_opt.engine.kernels.triton_overlap import overlaps, prefetch_span, wait_for_input
+from gemma_opt.engine.kernels.triton_overlap import overlaps, prefetch, wait_for_input
 
-SPLITS = 32  # 4 KV heads × 32 runs fill a large GPU at one row; a window of 1,024 is then one block a run
-BLOCK = 32  # positions
-THREADS = 128
-AHEAD = 16 * 2**20  # bytes of the layer's largest matrix that are fetched meanwhile: see `attend`
+SPLITS = 16  # a window of 1,024 is then one block a run
+BLOCK = 64  # positions
+THREADS = 256
+
+
+@triton.jit
+def _prefetch_block(keys, values, base, first, last, length: tl.constexpr, head_dim: tl.constexpr, block: tl.constexpr,
+                    threads: tl.constexpr):  # fmt: skip
+    """Have the keys and values of a run's first block fetched into the L2 cache; every thread asks for a piece of a row."""
+    row_bytes: tl.constexpr = head_dim * keys.dtype.element_ty.primitive_bitwidth // 8
+    pieces: tl.constexpr = (threads + 2 * block - 1) // (2 * block)
+    if row_bytes % (16 * pieces) == 0:
+        index = tl.arange(0, 2 * block * pieces)
+        position = first + index // pieces % block
+        place = (base + position % length).to(tl.int64) * row_bytes + index % pieces * (row_bytes // pieces)
+        start = tl.where(index < block * pieces, keys.to(tl.int64), values.to(tl.int64)) + place
+        prefetch(tl.where(position < last, start, keys.to(tl.int64)), row_bytes // pieces)
 
 
 @triton.jit
 def _attend_kernel(query, slots, positions, keys, values, most, total, mixed, scale, window, heads: tl.constexpr,
                    kv_heads: tl.constexpr, head_dim: tl.constexpr, length: tl.constexpr, splits: tl.constexpr,
                    operand: tl.constexpr, block_heads: tl.constexpr, block_dim: tl.constexpr, block: tl.constexpr,
-                   early: tl.constexpr, ahead: tl.constexpr, threads: tl.constexpr, later, later_bytes):  # fmt: skip
+                   early: tl.constexpr, threads: tl.constexpr):  # fmt: skip
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     shared: tl.constexpr = heads // kv_heads
     h = tl.arange(0, block_heads)
@@ -41,10 +54,9 @@ def _attend_kernel(query, slots, positions, keys, values, most, total, mixed, sc
     last = tl.minimum(first + run, end)
     some = first < last
     base = (tl.load(slots + row).to(tl.int64) * kv_heads + kv_head) * length
+    if early:  # what other steps left in the cache is under way before this one's queries are there
+        _prefetch_block(keys, values, base, first, last, length, head_dim, block, threads)
     wait_for_input(early)
-    if ahead and row == 0:
-        place = (kv_head * splits + split).to(tl.int64) * ahead
-        prefetch_span(later.to(tl.pointer_type(tl.uint8)), place, ahead, later_bytes, threads)
     q_place = (row * heads + kv_head * shared + h)[:, None] * head_dim + d[None, :]
     q_mask = (h[:, None] < shared) & (d[None, :] < head_dim)
     q = tl.load(query + q_place, mask=q_mask, other=0.0).to(operand)
@@ -108,26 +120,21 @@ class Scratch:
 
 
 def attend(query: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor, out: Tensor, scratch: Scratch,
-           *, scale: float, window: int | None, later: Tensor | None = None) -> None:  # fmt: skip
+           *, scale: float, window: int | None) -> None:  # fmt: skip
     """out [rows, heads · head_dim] = softmax(query · keysᵀ · scale) · values over positions (p − window, p], p the row's own.
 
     query: [rows, heads, head_dim]. keys, values: [slots, kv_heads, length, head_dim], position p at p modulo length; the
     row's own position is stored already. slots, positions: int64 [rows], positions ≥ 0. window None: all positions.
-    later: weights that will be read soon. Attention itself hardly uses the memory, so their first bytes are fetched into the
-    L2 cache beside it.
     """
     rows, heads, head_dim = query.shape
     _, kv_heads, length, _ = keys.shape
     early = overlaps(query)
-    spans = kv_heads * SPLITS
-    ahead = min(AHEAD, later.nbytes) // spans // (16 * THREADS) * (16 * THREADS) if early and later is not None else 0
     block_dim = triton.next_power_of_2(head_dim)
     _attend_kernel[(rows, kv_heads, SPLITS)](
         query, slots, positions, keys, values, scratch.most, scratch.total, scratch.mixed, scale,
         length if window is None else window, heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=length, splits=SPLITS,
         operand=operand_of(query.dtype), block_heads=max(16, triton.next_power_of_2(heads // kv_heads)), block_dim=block_dim,
-        block=BLOCK, early=early, ahead=ahead, threads=THREADS, later=query if later is None else later,
-        later_bytes=0 if later is None else later.nbytes, num_warps=THREADS // 32, num_stages=2, launch_pdl=early,
+        block=BLOCK, early=early, threads=THREADS, num_warps=THREADS // 32, num_stages=2, launch_pdl=early,
     )  # fmt: skip
     _join_kernel[(rows * heads,)](
         scratch.most, scratch.total, scratch.mixed, out, head_dim=head_dim, splits=SPLITS, block_dim=block_dim, num_warps=4,

@@ -13,7 +13,7 @@ from torch import Tensor
 from gemma_opt.engine.cache import KvCache, LayerCache
 from gemma_opt.engine.kernels import triton_attention
 from gemma_opt.engine.kernels.triton_layer import add_norm, embed, place_qkv
-from gemma_opt.engine.kernels.triton_linear import Matrix, multiply
+from gemma_opt.engine.kernels.triton_linear import Matrix, blocks_for, multiply
 from gemma_opt.engine.kernels.triton_matrices import matrix_of, uses_of
 from gemma_opt.engine.kernels.triton_tuning import Tuning
 from gemma_opt.engine.rope import RopeTables
@@ -72,7 +72,6 @@ class TritonDecode:
         triton_attention.attend(
             query, slots, positions, cache.keys, cache.values, out, buffers.scratch,
             scale=shape.attention_scale, window=shape.window if layer.sliding else None,
-            later=matrices.gate_up.weight,
         )  # fmt: skip
         return out
 
@@ -83,7 +82,7 @@ class TritonDecode:
         """Partial results [splits, rows, out] (gated: [1, rows, out / 2]), valid until the next product."""
         blocks = self._tuning.blocks(matrix, gated=gated)
         out = self._buffers.product(matrix, blocks.splits, x.shape[0], gated=gated)
-        multiply(matrix, x, out, blocks, gated=gated)
+        multiply(matrix, x, out, blocks_for(x.shape[0], blocks, x.dtype), gated=gated)
         return out
 
 

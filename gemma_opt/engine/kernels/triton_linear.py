@@ -15,7 +15,7 @@ number of rows. From 64 outputs and four warps on Triton takes Hopper's `wgmma`,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -224,8 +224,7 @@ def _int4_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_fea
     groups: tl.constexpr = half // group
     stride: tl.constexpr = 2 * out_features if gated else out_features
     w_mask = o[:, None] < out_features
-    low_mask = r[None, :] < rows
-    high_mask = low_mask
+    r_mask = r[None, :] < rows
     acc = tl.zeros((block_out, block_rows), tl.float32)
     acc_high = tl.zeros((block_out, block_rows), tl.float32)  # apart: products that need not wait for each other
     above = tl.zeros((block_out, block_rows), tl.float32)
@@ -239,8 +238,8 @@ def _int4_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_fea
         high = _scaled(high, scale, first + groups, o, out_features, stride, groups, group, operand, block_out)
         wait(early)
         k = 2 * half * split + tl.arange(0, half)
-        low_values = tl.load(x + r[None, :] * in_features + k[:, None], mask=low_mask, other=0.0).to(operand)
-        high_values = tl.load(x + r[None, :] * in_features + half + k[:, None], mask=low_mask, other=0.0).to(operand)
+        low_values = tl.load(x + r[None, :] * in_features + k[:, None], mask=r_mask, other=0.0).to(operand)
+        high_values = tl.load(x + r[None, :] * in_features + half + k[:, None], mask=r_mask, other=0.0).to(operand)
         acc = tl.dot(low, low_values, acc, input_precision="ieee")
         acc_high = tl.dot(high, high_values, acc_high, input_precision="ieee")
     else:
@@ -249,9 +248,10 @@ def _int4_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_fea
             block = split * steps + step
             low_k = 2 * half * block + tl.arange(0, half)
             high_k = low_k + half
+            low_mask, high_mask = r_mask, r_mask
             if not even:  # beyond the end activations are 0, whatever weights they meet
-                low_mask = (r[None, :] < rows) & (low_k[:, None] < in_features)
-                high_mask = (r[None, :] < rows) & (high_k[:, None] < in_features)
+                low_mask = r_mask & (low_k[:, None] < in_features)
+                high_mask = r_mask & (high_k[:, None] < in_features)
                 block = tl.minimum(block, blocks - 1)
             low_values = tl.load(x + r[None, :] * in_features + low_k[:, None], mask=low_mask, other=0.0).to(operand)
             high_values = tl.load(x + r[None, :] * in_features + high_k[:, None], mask=high_mask, other=0.0).to(operand)
@@ -305,12 +305,11 @@ def multiply(
         raise ValueError(f"out has {splits} partial results, the blocks make {blocks.splits}, gated ones 1")
     early = overlaps(x)
     block_rows = tile_rows(rows)
-    many = block_rows > FEW_ROWS  # then activations fill the shared memory
     kernel = _int4_kernel if matrix.group else _linear_kernel
     own: dict[str, int] = (
         {"group": matrix.group, "half": matrix.half}
         if matrix.group
-        else {"has_scale": matrix.scale is not None, "block_in": min(blocks.inputs, 256) if many else blocks.inputs}
+        else {"has_scale": matrix.scale is not None, "block_in": blocks.inputs}
     )
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, blocks.outputs), splits)
     launch = partial(kernel.warmup, grid=grid) if compile_only else kernel[grid]
@@ -319,8 +318,15 @@ def multiply(
         in_features=matrix.in_features, gated=gated, operand=operand_of(x.dtype), splits=splits, block_rows=block_rows,
         block_out=blocks.outputs, early=early, row_bytes=matrix.row_bytes,
         ahead=_ahead(matrix.row_bytes, blocks) if early else 0, threads=32 * blocks.warps, **own,
-        num_warps=blocks.warps, num_stages=min(blocks.stages, 3) if many else blocks.stages, launch_pdl=early,
+        num_warps=blocks.warps, num_stages=blocks.stages, launch_pdl=early,
     )  # fmt: skip
+
+
+def blocks_for(rows: int, blocks: Blocks, dtype: torch.dtype) -> Blocks:
+    """The same blocks, less deep where so many rows of activations fill the shared memory."""
+    if rows <= FEW_ROWS:
+        return blocks
+    return replace(blocks, inputs=min(blocks.inputs, 256), stages=3 if dtype.itemsize == 2 else 2)
 
 
 def tile_rows(rows: int) -> int:

@@ -6,14 +6,12 @@ from functools import singledispatch
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from gemma_opt.engine.kernels.triton_linear import LEAST_ROWS, MOST_ROWS, Matrix, dequantize_int4, multiply
+from gemma_opt.engine.kernels.triton_library import multiply_by_library
+from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, LEAST_ROWS, MOST_ROWS, Matrix, multiply
 from gemma_opt.engine.kernels.triton_tuning import Tuning
-from gemma_opt.engine.linear import linear
 from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Halves, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights
 
-PIECE_BYTES = 32 * 2**20  # a 4B model's largest matrix is 105 MB in bfloat16
 TILES = tuple(2**power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length()))  # of rows
 
 
@@ -60,10 +58,10 @@ def uses_of(weights: TextWeights) -> list[tuple[Matrix, bool]]:
 
 
 class TritonLinear:
-    """A `Linear` on a GPU.
+    """A `Linear` on a GPU. What is fastest by the number of rows:
 
-    Up to `triton_linear.MOST_ROWS` rows, reading the weights is what takes time: the decode kernels do it. For more, the
-    arithmetic is, and the vendor's library does it on weights converted for the moment.
+    up to FEW_ROWS the decode kernels with their blocks; up to MOST_ROWS what was measured, the same kernels with larger
+    blocks or the vendor's library; for more the library.
     """
 
     def __init__(self, tuning: Tuning) -> None:
@@ -73,35 +71,20 @@ class TritonLinear:
         """x: [rows, in]. Returns [rows, out] in x's dtype."""
         if isinstance(packed, Stacked):
             return torch.cat([self(part, x) for part in packed.parts], dim=-1)
-        if x.shape[0] <= MOST_ROWS:
-            return self._few(matrix_of(packed), x.contiguous())
-        if isinstance(packed, Int4Halves):
-            return functional.linear(x, dequantize_int4(matrix_of(packed), x.dtype))
-        if isinstance(packed, Int8Rows | Fp8Rows):
-            return self._in_pieces(packed, x)
-        return linear(packed, x)
-
-    def _in_pieces(self, packed: Int8Rows | Fp8Rows, x: Tensor) -> Tensor:
-        """As `linear`, with no more than PIECE_BYTES of converted weights at a time."""
-        out = torch.empty(x.shape[0], packed.out_features, dtype=x.dtype, device=x.device)
-        rows = max(1, PIECE_BYTES // (packed.weight.shape[1] * x.element_size()))
-        for begin in range(0, packed.out_features, rows):
-            piece = slice(begin, begin + rows)
-            out[:, piece] = functional.linear(x, packed.weight[piece].to(x.dtype)) * packed.scale[piece]
-        return out
+        matrix, rows = matrix_of(packed), x.shape[0]
+        blocks = self._tuning.blocks(matrix) if rows <= FEW_ROWS else self._tuning.blocks_of_many(matrix)
+        if blocks is None or rows > MOST_ROWS:
+            return multiply_by_library(matrix, x)
+        dtype = x.dtype if blocks.splits == 1 else torch.float32
+        out = torch.empty(blocks.splits, rows, matrix.out_features, dtype=dtype, device=x.device)
+        multiply(matrix, x.contiguous(), out, blocks)
+        return out[0] if blocks.splits == 1 else out.sum(0).to(x.dtype)
 
     def warm_up(self, weights: TextWeights) -> None:
         """Compile what a prompt of any length may need, so that no request waits for it: one product of every kind."""
-        kinds = {(matrix.key, matrix.scale is None): matrix for matrix, _ in uses_of(weights)}
-        for matrix in kinds.values():
+        packed = {
+            matrix_of(one).key: one for layer in weights.layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        }
+        for one in [*packed.values(), weights.head]:
             for rows in TILES:
-                self._few(matrix, torch.zeros(rows, matrix.in_features, dtype=weights.dtype, device=weights.device))
-            if matrix.group:
-                dequantize_int4(matrix, weights.dtype)
-
-    def _few(self, matrix: Matrix, x: Tensor) -> Tensor:
-        blocks = self._tuning.blocks(matrix)
-        dtype = x.dtype if blocks.splits == 1 else torch.float32
-        out = torch.empty(blocks.splits, x.shape[0], matrix.out_features, dtype=dtype, device=x.device)
-        multiply(matrix, x, out, blocks)
-        return out[0] if blocks.splits == 1 else out.sum(0).to(x.dtype)
+                self(one, torch.zeros(rows, matrix_of(one).in_features, dtype=weights.dtype, device=weights.device))

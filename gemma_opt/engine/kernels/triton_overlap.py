@@ -55,31 +55,27 @@ def wait_for_input(early: tl.constexpr):
 
 
 @triton.jit
+def prefetch(address, size: tl.constexpr):
+    """Have `size` bytes from each address on fetched into the L2 cache; returns at once. Multiples of 16, int64 addresses.
+
+    A tensor of one address a thread asks once for each.
+    """
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+        [address, tl.full(address.shape, size, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def prefetch_rows(first, row, rows, row_bytes: tl.constexpr, begin, length: tl.constexpr, block_rows: tl.constexpr,
                   threads: tl.constexpr):  # fmt: skip
-    """Have bytes [begin, begin + length) of the rows `row` to `row` + block_rows fetched into the L2 cache; returns at once.
+    """The same for bytes [begin, begin + length) of the rows `row` to `row` + block_rows, a piece of a row a thread.
 
-    first: pointer to a byte type. Every thread asks for one piece of one row. begin, length, row_bytes: multiples of 16.
+    first: pointer to a byte type. begin, length, row_bytes: multiples of 16.
     """
     pieces: tl.constexpr = (threads + block_rows - 1) // block_rows
     piece_bytes: tl.constexpr = (length + 16 * pieces - 1) // (16 * pieces) * 16
     index = tl.arange(0, pieces * block_rows)
     wanted = tl.minimum(row + index // pieces, rows - 1).to(tl.int64)
     at = tl.minimum(index % pieces * piece_bytes, length - piece_bytes)
-    size = tl.full((pieces * block_rows,), piece_bytes, tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-        [(first + (wanted * row_bytes + begin + at)).to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def prefetch_span(first, begin, length: tl.constexpr, end, threads: tl.constexpr):
-    """The same for bytes [begin, begin + length) of one span of `end` bytes. length: a multiple of 16 · threads."""
-    piece: tl.constexpr = length // threads
-    at = tl.minimum(begin + tl.arange(0, threads) * piece, end - piece)
-    size = tl.full((threads,), piece, tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-        [(first + at).to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    prefetch((first + (wanted * row_bytes + begin + at)).to(tl.int64), piece_bytes)

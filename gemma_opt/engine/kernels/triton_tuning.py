@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
-from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, multiply
+from gemma_opt.engine.kernels.triton_library import multiply_by_library
+from gemma_opt.engine.kernels.triton_linear import MOST_ROWS, Blocks, Matrix, multiply
 
 log = logging.getLogger(__name__)
 
@@ -32,17 +33,23 @@ CANDIDATES = tuple(
 )  # fmt: skip
 ONE_STEP = tuple((outputs, inputs, warps) for outputs, warps in ((16, 1), (32, 2)) for inputs in (256, 512, 1024))
 """Outputs, inputs and warps of blocks that need one step, their splits following from the matrix: see `_linear_kernel`."""
+MANY = tuple(
+    Blocks(outputs, inputs, 1, warps, stages)
+    for outputs, inputs, warps, stages in ((32, 256, 2, 3), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 8, 3))
+)
+"""For MOST_ROWS rows of prefill, where nothing has to equal decode bit for bit."""
 ENOUGH_PROGRAMS = 264  # two for each multiprocessor of the largest GPU: fewer leave bandwidth unused
 MOST_SPLITS = 10  # the next kernel adds them up
+MANY_ROWS = f":{MOST_ROWS} rows"
 ROUNDS = 5
 
 
 class Tuning:
     """Blocks by matrix and dtype of activations."""
 
-    def __init__(self, dtype: torch.dtype, chosen: dict[str, Blocks] | None = None) -> None:
+    def __init__(self, dtype: torch.dtype, chosen: Mapping[str, Blocks | None] | None = None) -> None:
         self._dtype = dtype
-        self._chosen = dict(chosen or {})
+        self._chosen = dict(chosen or {})  # None: the vendor's library, for many rows
 
     @property
     def measured(self) -> bool:
@@ -52,6 +59,10 @@ class Tuning:
     def blocks(self, matrix: Matrix, *, gated: bool = False) -> Blocks:
         """The measured blocks, or those of the rule."""
         return self._chosen.get(self._key(matrix, gated)) or default_blocks(matrix, gated=gated)
+
+    def blocks_of_many(self, matrix: Matrix) -> Blocks | None:
+        """For more rows than a decode step has: None is `multiply_by_library`, the choice also where nothing was measured."""
+        return self._chosen.get(self._key(matrix, gated=False) + MANY_ROWS)
 
     def measure(self, uses: Sequence[tuple[Matrix, bool]]) -> int:
         """Time every candidate on the matrices of each kind that has no blocks yet; returns how many kinds that were.
@@ -65,14 +76,16 @@ class Tuning:
         missing = {key: alike for key, alike in kinds.items() if key not in self._chosen}
         self._compile([alike[0] for alike in missing.values()])
         for key, alike in missing.items():
-            self._chosen[key] = self._fastest([matrix for matrix, _ in alike], gated=alike[0][1])
+            matrices = [matrix for matrix, _ in alike]
+            self._chosen[key] = self._fastest(matrices, gated=alike[0][1])
+            self._chosen[self._key(matrices[0], gated=False) + MANY_ROWS] = self._fastest_of_many(matrices)
             log.info("blocks of %s: %s", key, self._chosen[key])
         return len(missing)
 
     def save(self, folder: Path) -> None:
         """Write the choices for this torch, Triton and GPU."""
         folder.mkdir(parents=True, exist_ok=True)
-        choices = {key: asdict(blocks) for key, blocks in sorted(self._chosen.items())}
+        choices = {key: blocks and asdict(blocks) for key, blocks in sorted(self._chosen.items())}
         (folder / file_name()).write_text(json.dumps(choices, indent=1) + "\n", "utf-8")
 
     @staticmethod
@@ -81,7 +94,7 @@ class Tuning:
         file = folder / file_name() if folder else None
         if file is None or not file.is_file():
             return Tuning(dtype)
-        return Tuning(dtype, {key: Blocks(**value) for key, value in json.loads(file.read_text("utf-8")).items()})
+        return Tuning(dtype, {key: value and Blocks(**value) for key, value in json.loads(file.read_text("utf-8")).items()})
 
     def _compile(self, uses: Sequence[tuple[Matrix, bool]]) -> None:
         """Compile every candidate, on all cores at once: most of what measuring takes.
@@ -92,20 +105,30 @@ class Tuning:
             for matrix, gated in uses:
                 for blocks in _candidates(matrix, gated=gated):
                     multiply(matrix, *self._operands(matrix, blocks, gated=gated), blocks, gated=gated, compile_only=True)
+                for blocks in MANY:
+                    multiply(matrix, *self._operands(matrix, blocks, rows=MOST_ROWS), blocks, compile_only=True)
 
-    def _operands(self, matrix: Matrix, blocks: Blocks, *, gated: bool) -> tuple[Tensor, Tensor]:
-        """One random row, and where its product goes."""
-        x = torch.randn(1, matrix.in_features, device=matrix.weight.device).to(self._dtype)
+    def _operands(self, matrix: Matrix, blocks: Blocks, *, rows: int = 1, gated: bool = False) -> tuple[Tensor, Tensor]:
+        """Random rows, and where their product goes."""
+        x = torch.randn(rows, matrix.in_features, device=matrix.weight.device).to(self._dtype)
         width = matrix.out_features // 2 if gated else matrix.out_features
-        return x, torch.empty(blocks.splits, 1, width, device=x.device, dtype=self._dtype if gated else torch.float32)
+        whole = gated or rows > 1
+        return x, torch.empty(blocks.splits, rows, width, device=x.device, dtype=self._dtype if whole else torch.float32)
 
     def _fastest(self, matrices: Sequence[Matrix], *, gated: bool) -> Blocks:
         timings = {blocks: self._time(matrices, blocks, gated=gated) for blocks in _candidates(matrices[0], gated=gated)}
         return min(timings, key=lambda blocks: timings[blocks])
 
-    def _time(self, matrices: Sequence[Matrix], blocks: Blocks, *, gated: bool) -> float:
-        """Seconds of one row through all the matrices; infinite for blocks that the GPU cannot hold."""
-        x, out = self._operands(matrices[0], blocks, gated=gated)
+    def _fastest_of_many(self, matrices: Sequence[Matrix]) -> Blocks | None:
+        x, _ = self._operands(matrices[0], MANY[0], rows=MOST_ROWS)
+        by_library = time_captured(lambda: [multiply_by_library(matrix, x) for matrix in matrices])
+        timings = {blocks: self._time(matrices, blocks, rows=MOST_ROWS) for blocks in MANY}
+        best = min(timings, key=lambda blocks: timings[blocks])
+        return best if timings[best] < by_library else None
+
+    def _time(self, matrices: Sequence[Matrix], blocks: Blocks, *, rows: int = 1, gated: bool = False) -> float:
+        """Seconds of the rows through all the matrices; infinite for blocks that the GPU cannot hold."""
+        x, out = self._operands(matrices[0], blocks, rows=rows, gated=gated)
         try:
             multiply(matrices[0], x, out, blocks, gated=gated)
         except triton.runtime.errors.OutOfResources:

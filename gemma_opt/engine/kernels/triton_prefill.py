@@ -1,0 +1,53 @@
+"""Prefill of one chunk on a GPU. Of what torch would launch for a layer, some seventy kernels, about fifteen are left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gemma_opt.engine.cache import KvCache
+from gemma_opt.engine.kernels.triton_layer import add_norm, place_qkv
+from gemma_opt.engine.linear import rms_norm
+from gemma_opt.engine.rope import RopeTables
+from gemma_opt.engine.weights import PackedLinear, TextWeights
+
+
+class TritonPrefill:
+    """A `PrefillStep`: products by `linear`, attention by torch, and what stands between them by the decode step's kernels."""
+
+    def __init__(
+        self, weights: TextWeights, cache: KvCache, rope: RopeTables, linear: Callable[[PackedLinear, Tensor], Tensor]
+    ) -> None:
+        self._weights, self._cache, self._rope, self._linear = weights, cache, rope, linear
+
+    def __call__(
+        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, masks: Mapping[bool, Tensor]
+    ) -> Tensor:
+        """Float32 logits [vocabulary] after row `last`."""
+        weights, shape = self._weights, self._weights.shape
+        rows, layers = embeddings.shape[0], weights.layers
+        slots = slot.expand(rows).contiguous()
+        residual = embeddings.clone()
+        normed = rms_norm(residual, layers[0].input_norm, shape.eps)
+        query = torch.empty(rows, shape.heads, shape.head_dim, dtype=weights.dtype, device=weights.device)
+        next_norms = [layer.input_norm for layer in layers[1:]] + [weights.final_norm]
+        for layer, cache, next_norm in zip(layers, self._cache.layers, next_norms, strict=True):
+            cos, sin = self._rope.sliding if layer.sliding else self._rope.full
+            place_qkv(
+                self._linear(layer.qkv, normed)[None], slots, positions, layer.query_norm, layer.key_norm, cos, sin,
+                query, cache.keys, cache.values, eps=shape.eps,
+            )  # fmt: skip
+            mask = masks[layer.sliding]
+            keys, values = (part[:, :, : mask.shape[1]].index_select(0, slot) for part in (cache.keys, cache.values))
+            attended = functional.scaled_dot_product_attention(
+                query.transpose(0, 1)[None], keys, values, attn_mask=mask, scale=shape.attention_scale, enable_gqa=True
+            )[0]
+            mixed = self._linear(layer.o, attended.transpose(0, 1).flatten(1))
+            add_norm(mixed[None], layer.post_attention_norm, residual, layer.pre_mlp_norm, normed, eps=shape.eps)
+            gate, up = self._linear(layer.gate_up, normed).chunk(2, dim=-1)
+            mixed = self._linear(layer.down, functional.gelu(gate, approximate="tanh") * up)
+            add_norm(mixed[None], layer.post_mlp_norm, residual, next_norm, normed, eps=shape.eps)
+        return self._linear(weights.head, normed.index_select(0, last)).float()[0]

@@ -31,10 +31,13 @@ def describe() -> dict[str, object]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with "+changes" if tracked files differ; None outside a checkout."""
+    """The commit of this checkout, with "+changes" if tracked files differ.
+
+    Outside a checkout what GEMMA_OPT_COMMIT says: trees are copied to GPU machines without their history. None without it.
+    """
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():
-        return None
+        return os.environ.get("GEMMA_OPT_COMMIT")
 
     def ask(*arguments: str) -> str:
         return subprocess.run([git, *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 our own arguments

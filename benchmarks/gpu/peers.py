@@ -25,9 +25,9 @@ def run(results: Results, shape: str, llama_bench: Path | None, gguf: Path | Non
     for stored in ("int8", "bf16"):
         results.measure(f"ours {stored}", lambda s=stored: decode.measure(shape, s, ceiling))
     results.measure("transformers bf16, dynamic cache", lambda: transformers(shape, compiled=False))
-    results.measure("transformers bf16, static cache, compiled", lambda: transformers(shape, compiled=True))
     if llama_bench:
         results.measure("llama.cpp Q8_0", lambda: llama(llama_bench, gguf or random_file(shape)))
+    results.measure("transformers bf16, static cache, compiled", lambda: transformers(shape, compiled=True))
 
 
 @torch.inference_mode()
@@ -72,7 +72,8 @@ def random_file(shape: str) -> Path:
 
 def llama(bench: Path, gguf: Path) -> dict[str, object]:
     """llama-bench's own figures, all layers on the GPU, at the same depth of context."""
-    command = [bench, "-m", gguf, "-ngl", "99", "-p", "0", "-n", str(REPLY_TOKENS), "-d", str(PROMPT_TOKENS), "-o", "json"]
+    tokens = ["-p", "0", "-n", str(REPLY_TOKENS), "-d", str(PROMPT_TOKENS)]
+    command = [bench, "-m", gguf, "-ngl", "99", "-fa", "1", *tokens, "-o", "json"]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=400)  # a program the caller named
     row = json.loads(run.stdout)[0]
     return {"tokens_per_second": row["avg_ts"], "llama_bench": row}

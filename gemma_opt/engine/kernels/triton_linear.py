@@ -127,6 +127,10 @@ def _linear_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_f
     split = tl.program_id(2)
     steps: tl.constexpr = (in_features + block_in * splits - 1) // (block_in * splits)
     even: tl.constexpr = in_features % (block_in * splits) == 0
+    if has_scale:  # here and not where they are needed: at the end the program would wait for them
+        scales = tl.load(scale + o, mask=o < out_features, other=0.0)[:, None]
+        if gated:
+            scales_above = tl.load(scale + out_features + o, mask=o < out_features, other=0.0)[:, None]
     acc = tl.zeros((block_out, block_rows), tl.float32)
     above = tl.zeros((block_out, block_rows), tl.float32)
     if steps == 1 and even and not gated:  # all of a program's weights are under way before it waits
@@ -156,9 +160,9 @@ def _linear_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_f
                 w = _rowwise_tile(weight + out_features * in_features, o, k, w_mask, in_features, operand)
                 above = tl.dot(w, values, above, input_precision="ieee")
     if has_scale:
-        acc = acc * tl.load(scale + o, mask=o < out_features, other=0.0).to(tl.float32)[:, None]
+        acc = acc * scales
         if gated:
-            above = above * tl.load(scale + out_features + o, mask=o < out_features, other=0.0).to(tl.float32)[:, None]
+            above = above * scales_above
     _finish(acc, above, out, r, o, split, rows, out_features, gated)
 
 

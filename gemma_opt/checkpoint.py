@@ -177,7 +177,15 @@ def weight_bytes(folder: Path) -> int:
 def versions() -> dict[str, str]:
     """What a checkpoint was built with."""
     packages = ("torch", "torchao", "transformers", "safetensors", "gemma-opt")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: version_of(name) for name in packages}}
+
+
+def version_of(package: str) -> str:
+    """The installed version; "not installed" for what runs from its source tree, as on a GPU machine it was copied to."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 # Reading

@@ -340,3 +340,9 @@ def test_a_text_file_is_no_gguf(tmp_path: Path) -> None:
 
 def test_the_manifest_is_json_for_everyone(finished: Path) -> None:
     assert json.loads((finished / "manifest.json").read_text())["format_version"] == 1
+
+
+def test_a_source_tree_that_is_not_installed_has_no_version() -> None:
+    """The story: figures measured on a rented GPU were lost because this package, run from a copied tree, had no metadata."""
+    assert checkpoint.version_of("no-such-package") == "not installed"
+    assert checkpoint.version_of("torch") == checkpoint.versions()["torch"]

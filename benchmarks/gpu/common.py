@@ -48,13 +48,12 @@ class Results:
             print(f"{name}: left for the next run")
             return
         started = time.monotonic()
-        entry = run()
-        known[name] = {
-            "device": device_name(), **entry, "stage_seconds": round(time.monotonic() - started, 1), "environment": describe()
-        }  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
+        where = {"device": device_name(), "environment": describe()}  # before anything is measured: what fails here, fails soon
+        entry = run()
+        print(f"{name}: {json.dumps(entry)}", flush=True)  # before the file is written: GPU time is too dear to lose
+        known[name] = {**where, **entry, "stage_seconds": round(time.monotonic() - started, 1)}
         self.path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
-        print(f"{name}: {json.dumps(entry)[:1500]}", flush=True)
 
 
 def device_name() -> str:

@@ -69,9 +69,10 @@ def matrix(kind: str, outputs: int, inputs: int) -> tuple[Matrix, Tensor]:
         offset = (8.0 if zero is None else zero.double()) * torch.ones(scale.shape, dtype=torch.float64)
         wide = [part.double().repeat_interleave(group, 1) for part in (offset, scale)]
         meant = (nibbles.double() - wide[0]) * wide[1]
-        return matrix_of(
-            Int4Halves.of(Int4Rows(packed.to(DEVICE), scale.to(DEVICE), None if zero is None else zero.to(DEVICE)))
-        ), meant
+        zero = None if zero is None else zero.to(DEVICE)
+        stored = matrix_of(Int4Halves.of(Int4Rows(packed.to(DEVICE), scale.to(DEVICE), zero)))
+        assert stored
+        return stored, meant
     weight = torch.randn(outputs, inputs, generator=draw) * 30
     scale = None if kind in ("float32", "bfloat16") else torch.rand(outputs, generator=draw) + 0.5
     weight = weight.round().clamp(-127, 127).to(torch.int8) if kind == "int8" else weight.to(getattr(torch, kind))
@@ -283,18 +284,28 @@ def test_tuning_choices_are_kept_for_this_torch_triton_and_device(tmp_path: Path
 
 
 def packed_model(stored: str) -> TextWeights:
-    """The bundled model's last two layers, one of each kind, float32 activations; int4 has the int8 table at both ends."""
+    """The bundled model's last two layers, one of each kind, float32 activations; int4 has the int8 table at both ends.
+
+    mixed: formats stacked on one input, quantized inputs and low rank.
+    """
     model = fresh_model()
     if stored == "int4":
         roles = {"vision": "fp32", "projector": "fp32", "embedding": "int8", "head": "tied"}
         base = {"base": "small-gemma3", "dtype": "float32"}
         tree = {"name": "test", "model": base, "quantization": {"default": {"format": "int4", "group": 32}, "roles": roles}}
         pipeline.compress(model, Recipe.from_tree(tree, "test"))
+    if stored == "mixed":
+        parts = {"value": "fp32", "up": {"format": "int4", "group": 32}, "down": "int8_dynamic"}
+        roles = {"vision": "fp32", "projector": "fp32", **parts}
+        base = {"base": "small-gemma3", "dtype": "float32"}
+        low_rank = {"roles": ["output"], "ratio": 0.3, "whiten": False}
+        tree = {"name": "test", "model": base, "quantization": {"default": "int8", "roles": roles}, "lowrank": low_rank}
+        pipeline.compress(model, Recipe.from_tree(tree, "test"))
     weights = take_weights(model.to(DEVICE), release=True, arrange=arrange)
     return replace(weights, layers=weights.layers[-2:])
 
 
-@pytest.mark.parametrize("stored", ["fp32", "int4"])
+@pytest.mark.parametrize("stored", ["fp32", "int4", "mixed"])
 @torch.no_grad()
 def test_whole_decode_step(stored: str) -> None:
     """Slots at unlike positions, one past the window: logits and cache as with torch operations, alone and together."""
@@ -314,12 +325,13 @@ def test_whole_decode_step(stored: str) -> None:
     for found, meant in zip(mine.cache.layers, expected.cache.layers, strict=True):
         assert error(found.keys, meant.keys) < 10 * CLOSE
         assert error(found.values, meant.values) < 10 * CLOSE
-    assert torch.equal(decode(tokens[:1], slots[:1], positions[:1])[0], together[0])
+    alone = decode(tokens[:1], slots[:1], positions[:1])[0]
+    assert torch.equal(alone, together[0]) if stored != "mixed" else error(alone, together[0]) < CLOSE
     with pytest.raises(ValueError, match="3 rows"):
         decode(*(torch.zeros(3, dtype=torch.int64, device=DEVICE) for _ in range(3)))
 
 
-@pytest.mark.parametrize("stored", ["fp32", "int4"])
+@pytest.mark.parametrize("stored", ["fp32", "int4", "mixed"])
 @torch.no_grad()
 def test_whole_prefill_of_a_chunk(stored: str) -> None:
     """A first chunk with a picture and a second one, three rows too many each: logits and cache as with torch operations."""

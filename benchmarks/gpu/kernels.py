@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -12,7 +14,7 @@ from gemma_opt.engine.kernels.triton_attention import Scratch, attend
 from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, Matrix, multiply
 from gemma_opt.engine.kernels.triton_matrices import arrange, matrix_of
 from gemma_opt.engine.kernels.triton_tuning import Tuning, time_captured
-from gemma_opt.engine.weights import FloatRows, Int4Halves, Int4Rows, Int8Rows, PackedLinear
+from gemma_opt.engine.weights import Int4Halves, PackedLinear
 
 ROWS = (1, 2, 4, 8, 16)
 COLD_BYTES = 256 << 20  # of copies, so that none comes out of the L2 cache
@@ -53,8 +55,9 @@ def product(tuning: Tuning, stored: str, outputs: int, inputs: int, gated: bool,
     """Error against float64, whether bits depend on the number of rows, and GB/s by rows with the blocks measured best."""
     reset_peak()
     one = random_linear(stored, outputs, inputs)
-    size = matrix_of(one).bytes
-    copies = [matrix_of(on_gpu(one)) for _ in range(max(2, -(-COLD_BYTES // size)))]
+    first = on_gpu(one)
+    size = first.bytes
+    copies = [first, *(on_gpu(one) for _ in range(-(-COLD_BYTES // size)))]
     tuning.measure([(matrix, gated) for matrix in copies])
     blocks = tuning.blocks(copies[0], gated=gated)
     x = torch.randn(FEW_ROWS, inputs, device=DEVICE).to(torch.bfloat16)
@@ -80,21 +83,13 @@ def product(tuning: Tuning, stored: str, outputs: int, inputs: int, gated: bool,
     }  # fmt: skip
 
 
-def on_gpu(packed: PackedLinear) -> PackedLinear:
-    """A copy on the device."""
-    match packed:
-        case FloatRows():
-            return FloatRows(packed.weight.to(DEVICE, copy=True))
-        case Int8Rows():
-            return Int8Rows(packed.weight.to(DEVICE, copy=True), packed.scale.to(DEVICE))
-        case Int4Rows():
-            return arrange(
-                Int4Rows(
-                    packed.packed.to(DEVICE), packed.scale.to(DEVICE), None if packed.zero is None else packed.zero.to(DEVICE)
-                )
-            )
-        case _:
-            raise TypeError(f"no random {type(packed).__name__}")
+def on_gpu(packed: PackedLinear) -> Matrix:
+    """A copy on the device, as the kernels read it."""
+    parts = {name: part.to(DEVICE, copy=True) if isinstance(part, Tensor) else part for name, part in vars(packed).items()}
+    matrix = matrix_of(arrange(replace(packed, **parts)))
+    if matrix is None:
+        raise TypeError(f"no kernel for a {type(packed).__name__}")
+    return matrix
 
 
 def relative_error(found: Tensor, matrix: Matrix, x: Tensor, *, gated: bool) -> float:

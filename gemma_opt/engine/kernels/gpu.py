@@ -43,7 +43,7 @@ def find_gpu_kernels(
         return None
     from gemma_opt.engine.kernels.triton_compiled import install_compiled
     from gemma_opt.engine.kernels.triton_decode import TritonDecode
-    from gemma_opt.engine.kernels.triton_matrices import TritonLinear, Unsupported
+    from gemma_opt.engine.kernels.triton_matrices import TritonLinear, linears_of, matrix_of, parts_of
     from gemma_opt.engine.kernels.triton_prefill import TritonPrefill
     from gemma_opt.engine.kernels.triton_tuning import Tuning
 
@@ -51,11 +51,10 @@ def find_gpu_kernels(
         log.info("kernels that came with the checkpoint: %d", install_compiled(compile_cache))
     tuning = Tuning.load(compile_cache, weights.dtype)
     log.info("kernel blocks: %s", "measured for this GPU" if tuning.measured else "by the rule, not measured for this GPU")
-    try:
-        step = TritonDecode(weights, cache, rope, tuning)
-    except Unsupported as reason:
-        log.warning("decoding with torch operations, slowly: no GPU kernel for %s", reason)
-        return None
+    parts = [part for packed in linears_of(weights) for part in parts_of(packed)]
+    if without := [part for part in parts if matrix_of(part) is None]:
+        log.warning("%d of %d linears have no GPU kernel: torch operations compute them", len(without), len(parts))
+    step = TritonDecode(weights, cache, rope, tuning)
     linear = TritonLinear(tuning)
     linear.warm_up(weights)
     return step, linear, TritonPrefill(weights, cache, rope, linear)
@@ -91,13 +90,9 @@ def tune(weights: TextWeights, compile_cache: Path) -> None:
     """
     if weights.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return
-    from gemma_opt.engine.kernels.triton_matrices import Unsupported, uses_of
+    from gemma_opt.engine.kernels.triton_matrices import uses_of
     from gemma_opt.engine.kernels.triton_tuning import Tuning
 
     tuning = Tuning.load(compile_cache, weights.dtype)
-    try:
-        uses = uses_of(weights)
-    except Unsupported:
-        return
-    if tuning.measure(uses):
+    if tuning.measure(uses_of(weights)):
         tuning.save(compile_cache)

@@ -10,34 +10,31 @@ from torch import Tensor
 from gemma_opt.engine.kernels.triton_library import multiply_by_library
 from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, LEAST_ROWS, MOST_ROWS, Matrix, multiply
 from gemma_opt.engine.kernels.triton_tuning import Tuning
+from gemma_opt.engine.linear import linear
 from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Halves, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights
 
 TILES = tuple(2**power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length()))  # of rows
 
 
-class Unsupported(Exception):
-    """What the Triton kernels do not compute."""
-
-
 @singledispatch
-def matrix_of(packed: PackedLinear) -> Matrix:
-    """The kernels' view of an arranged linear: the same tensors. Raises Unsupported."""
-    raise Unsupported(type(packed).__name__)
+def matrix_of(packed: PackedLinear) -> Matrix | None:
+    """The kernels' view of an arranged linear: the same tensors. None: torch operations compute it."""
+    return None
 
 
 @matrix_of.register
-def _(packed: FloatRows) -> Matrix:
+def _(packed: FloatRows) -> Matrix | None:
     return Matrix(packed.weight, packed.weight.shape[1])
 
 
 @matrix_of.register(Int8Rows)
 @matrix_of.register(Fp8Rows)
-def _(packed: Int8Rows | Fp8Rows) -> Matrix:
+def _(packed: Int8Rows | Fp8Rows) -> Matrix | None:
     return Matrix(packed.weight, packed.weight.shape[1], packed.scale)
 
 
 @matrix_of.register
-def _(packed: Int4Halves) -> Matrix:
+def _(packed: Int4Halves) -> Matrix | None:
     return Matrix(packed.packed, packed.in_features, packed.steps, packed.group, packed.half)
 
 
@@ -48,20 +45,28 @@ def arrange(packed: PackedLinear) -> PackedLinear:
     return Int4Halves.of(packed) if isinstance(packed, Int4Rows) else packed
 
 
+def linears_of(weights: TextWeights) -> list[PackedLinear]:
+    """Every linear of the layers, and the head."""
+    return [part for layer in weights.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [weights.head]
+
+
 def uses_of(weights: TextWeights) -> list[tuple[Matrix, bool]]:
-    """Every matrix a step multiplies with, and whether the product is gated. Raises Unsupported."""
-    uses: list[tuple[Matrix, bool]] = []
-    for layer in weights.layers:
-        uses += [(matrix_of(packed), False) for packed in (layer.qkv, layer.o, layer.down)]
-        uses.append((matrix_of(layer.gate_up), True))
-    return [*uses, (matrix_of(weights.head), False)]
+    """Every matrix that kernels multiply with in a step, and whether the product is gated."""
+    gated = {id(layer.gate_up) for layer in weights.layers}
+    found = ((matrix_of(part), id(packed) in gated) for packed in linears_of(weights) for part in parts_of(packed))
+    return [(matrix, is_gated) for matrix, is_gated in found if matrix]
+
+
+def parts_of(packed: PackedLinear) -> tuple[PackedLinear, ...]:
+    """What is multiplied with at once: a linear itself, or those that are stacked in it."""
+    return packed.parts if isinstance(packed, Stacked) else (packed,)
 
 
 class TritonLinear:
     """A `Linear` on a GPU. What is fastest by the number of rows:
 
     up to FEW_ROWS the decode kernels with their blocks; up to MOST_ROWS what was measured, the same kernels with larger
-    blocks or the vendor's library; for more the library.
+    blocks or the vendor's library; for more the library. Linears without a kernel compute themselves.
     """
 
     def __init__(self, tuning: Tuning) -> None:
@@ -72,6 +77,8 @@ class TritonLinear:
         if isinstance(packed, Stacked):
             return torch.cat([self(part, x) for part in packed.parts], dim=-1)
         matrix, rows = matrix_of(packed), x.shape[0]
+        if matrix is None:
+            return linear(packed, x)
         blocks = self._tuning.blocks(matrix) if rows <= FEW_ROWS else self._tuning.blocks_of_many(matrix)
         if blocks is None or rows > MOST_ROWS:
             return multiply_by_library(matrix, x)
@@ -82,9 +89,8 @@ class TritonLinear:
 
     def warm_up(self, weights: TextWeights) -> None:
         """Compile what a prompt of any length may need, so that no request waits for it: one product of every kind."""
-        packed = {
-            matrix_of(one).key: one for layer in weights.layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)
-        }
-        for one in [*packed.values(), weights.head]:
-            for rows in TILES:
-                self(one, torch.zeros(rows, matrix_of(one).in_features, dtype=weights.dtype, device=weights.device))
+        parts = (part for packed in linears_of(weights) for part in parts_of(packed))
+        kinds = {matrix.key: (part, matrix.in_features) for part in parts if (matrix := matrix_of(part))}
+        for part, inputs in kinds.values():
+            for rows in (*TILES, MOST_ROWS + 1):
+                self(part, torch.zeros(rows, inputs, dtype=weights.dtype, device=weights.device))

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
@@ -24,7 +25,8 @@ from triton.compiler import ASTSource
 from gemma_opt.engine.batch import Level
 from gemma_opt.engine.kernels import triton_attention, triton_layer, triton_linear, triton_sampling
 from gemma_opt.engine.kernels.triton_compiled import install_compiled, keep_compiled
-from gemma_opt.engine.kernels.triton_linear import Blocks
+from gemma_opt.engine.kernels.triton_linear import Blocks, blocks_for
+from gemma_opt.engine.kernels.triton_tuning import MANY
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"int8": "i8", "bfloat16": "bf16", "fp8": "fp8e4nv", "int4": "u8"}
@@ -40,7 +42,7 @@ Compile = Callable[[int], dict[str, int]]
 
 
 def compiled(
-    kernel: object, pointers: dict[str, str], scalars: dict[str, str], constants: dict[str, object], warps: int
+    kernel: object, pointers: dict[str, str], scalars: dict[str, str], constants: dict[str, object], warps: int, stages: int = 4
 ) -> Compile:
     """A function of the compute capability that compiles a kernel with aligned pointers of these types."""
 
@@ -53,7 +55,9 @@ def compiled(
         signature = {name: "constexpr" if name in constants else scalars.get(name, f"*{pointers.get(name)}") for name in names}
         aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in pointers}
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-        found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": 4})
+        found = triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
+        )
         return {**usage(found.asm["cubin"]), "shared": found.metadata.shared}
 
     return build
@@ -81,7 +85,7 @@ def linear(kind: str, blocks: Blocks, *, gated: bool = False, group: int = 0, ro
         "x": "bf16", "weight": DTYPES[kind], "scale": "i32" if group else "fp32", "out": "bf16" if gated else "fp32",
     }  # fmt: skip
     kernel = triton_linear._int4_kernel if group else triton_linear._linear_kernel
-    return compiled(kernel, pointers, {"rows": "i32"}, constants, blocks.warps)
+    return compiled(kernel, pointers, {"rows": "i32"}, constants, blocks.warps, blocks.stages)
 
 
 KERNELS: dict[str, Compile] = {
@@ -92,7 +96,8 @@ KERNELS: dict[str, Compile] = {
     "fp8": linear("fp8", Blocks(splits=2)),
     "int4 of 128": linear("int4", Blocks(splits=4), group=128),
     "int4 of 32, gated": linear("int4", Blocks(), gated=True, group=32),
-    "int8, 64 rows": linear("int8", Blocks(), rows=64),
+    "int8, 64 rows": linear("int8", blocks_for(64, Blocks(), torch.bfloat16), rows=64),
+    "int8, 64 rows of prefill": linear("int8", MANY[-1], rows=64),
     "dequantize int4": compiled(
         triton_linear._dequantize_kernel, {"weight": "u8", "scale": "i32", "out": "bf16"}, {},
         {"out_features": 10_240, "in_features": 2560, "group": 32, "half": 128, "row_bytes": 1280, "operand": tl.bfloat16,

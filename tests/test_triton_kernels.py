@@ -383,7 +383,7 @@ def test_kernels_compile_for_an_l40s_and_an_h100_and_stay_in_registers(tmp_path:
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout)
     needs = found["needs"]
-    assert len(needs) == 34
+    assert len(needs) == 38
     assert not {name: need for name, need in needs.items() if need["stack"] > 0}
     assert max(need["shared"] for need in needs.values()) <= 99 * 1024  # what a program may have on an L40S
     assert found["cache_hits"] == [False, True], "a compiled kernel that came with a checkpoint was not found"

@@ -12,7 +12,7 @@ from transformers import Gemma3TextConfig
 from benchmarks.synthetic import random_linear
 from gemma_opt.engine.kernels import build
 from gemma_opt.engine.kernels.cpu import multiply
-from gemma_opt.engine.weights import FloatRows, PackedLinear
+from gemma_opt.engine.packed import FloatRows, PackedLinear
 
 COLD_BYTES = 160 << 20  # copies of a matrix until no cache holds them all
 REPEATS = 3

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from gemma_opt import gemma
-from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, LayerWeights, PackedLinear, Stacked, TextShape, TextWeights
+from gemma_opt.engine.packed import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked
+from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
 
 GROUP = 32
 

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gemma_opt.engine.batch import Level
-from gemma_opt.engine.kernels import triton_attention, triton_layer, triton_linear, triton_sampling
+from gemma_opt.engine.kernels import triton_attention, triton_int4, triton_layer, triton_linear, triton_sampling
 from gemma_opt.engine.kernels.triton_compiled import install_compiled, keep_compiled
 from gemma_opt.engine.kernels.triton_linear import Blocks, blocks_for
 from gemma_opt.engine.kernels.triton_tuning import MANY
@@ -84,7 +84,7 @@ def linear(kind: str, blocks: Blocks, *, gated: bool = False, group: int = 0, ro
     pointers = {
         "x": "bf16", "weight": DTYPES[kind], "scale": "i32" if group else "fp32", "out": "bf16" if gated else "fp32",
     }  # fmt: skip
-    kernel = triton_linear._int4_kernel if group else triton_linear._linear_kernel
+    kernel = triton_int4.int4_kernel if group else triton_linear._linear_kernel
     return compiled(kernel, pointers, {"rows": "i32"}, constants, blocks.warps, blocks.stages)
 
 
@@ -99,7 +99,7 @@ KERNELS: dict[str, Compile] = {
     "int8, 64 rows": linear("int8", blocks_for(64, Blocks(), torch.bfloat16), rows=64),
     "int8, 64 rows of prefill": linear("int8", MANY[-1], rows=64),
     "dequantize int4": compiled(
-        triton_linear._dequantize_kernel, {"weight": "u8", "scale": "i32", "out": "bf16"}, {},
+        triton_int4.dequantize_kernel, {"weight": "u8", "scale": "i32", "out": "bf16"}, {},
         {"out_features": 10_240, "in_features": 2560, "group": 32, "half": 128, "row_bytes": 1280, "operand": tl.bfloat16,
          "block_out": 32}, warps=4,
     ),

@@ -18,7 +18,8 @@ from gemma_opt.engine.forward import TextModel
 from gemma_opt.engine.kernels import build
 from gemma_opt.engine.kernels.cpu import CpuDecodeStep, multiply
 from gemma_opt.engine.linear import linear
-from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights, take_weights
+from gemma_opt.engine.packed import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked
+from gemma_opt.engine.weights import TextWeights, take_weights
 
 BASE = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
 MACHINES = {"native": build.FLAGS, "AVX2": (*BASE, "-march=x86-64-v3"), "plain": (*BASE, "-march=x86-64")}

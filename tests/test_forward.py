@@ -13,7 +13,8 @@ from torch import Tensor
 from gemma_opt import gemma, pipeline
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import Span, TextModel
-from gemma_opt.engine.weights import Int4Rows, Int8Rows, take_weights
+from gemma_opt.engine.packed import Int4Rows, Int8Rows
+from gemma_opt.engine.weights import take_weights
 from gemma_opt.errors import EngineError
 from gemma_opt.evaluation.perplexity import builtin_text
 from gemma_opt.prompt import EncodedPrompt, PromptEncoder, single_turn

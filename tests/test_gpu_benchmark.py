@@ -14,7 +14,8 @@ import torch
 from benchmarks.gpu import decode, engine
 from benchmarks.gpu.common import Results, random_model
 from benchmarks.gpu.random_gguf import random_q8_0
-from gemma_opt.engine.weights import Int4Rows, Int8Rows, take_weights
+from gemma_opt.engine.packed import Int4Rows, Int8Rows
+from gemma_opt.engine.weights import take_weights
 
 SHAPE = "small-gemma3"
 

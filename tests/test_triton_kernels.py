@@ -29,18 +29,9 @@ from gemma_opt.engine.kernels.triton_matrices import TritonLinear, arrange, matr
 from gemma_opt.engine.kernels.triton_prefill import TritonPrefill
 from gemma_opt.engine.kernels.triton_tuning import Tuning, default_blocks, file_name
 from gemma_opt.engine.linear import linear, rms_norm
+from gemma_opt.engine.packed import FloatRows, Fp8Rows, Int4Halves, Int4Rows, Int8Rows, PackedLinear, Stacked
 from gemma_opt.engine.rope import RopeTables, rope_table, rotate
-from gemma_opt.engine.weights import (
-    FloatRows,
-    Fp8Rows,
-    Int4Halves,
-    Int4Rows,
-    Int8Rows,
-    PackedLinear,
-    Stacked,
-    TextWeights,
-    take_weights,
-)
+from gemma_opt.engine.weights import TextWeights, take_weights
 from gemma_opt.recipe import Recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,7 @@ from gemma_opt.engine.kernels.triton_attention import Scratch, attend
 from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, Matrix, multiply
 from gemma_opt.engine.kernels.triton_matrices import arrange, matrix_of
 from gemma_opt.engine.kernels.triton_tuning import Tuning, time_captured
-from gemma_opt.engine.weights import Int4Halves, PackedLinear
+from gemma_opt.engine.packed import Int4Halves, PackedLinear
 
 ROWS = (1, 2, 4, 8, 16)
 COLD_BYTES = 256 << 20  # of copies, so that none comes out of the L2 cache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Halves, Int4Rows, Int8Rows, ModuleRows, PackedLinear, Stacked
+from gemma_opt.engine.packed import FloatRows, Fp8Rows, Int4Halves, Int4Rows, Int8Rows, ModuleRows, PackedLinear, Stacked
 
 
 @singledispatch

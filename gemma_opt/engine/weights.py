@@ -7,158 +7,27 @@ each other, so scales per row or per group of a row stay what they were. Norm we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from gemma_opt.engine.packed import (
+    Arrange,
+    FloatRows,
+    Fp8Rows,
+    Int4Rows,
+    Int8Rows,
+    ModuleRows,
+    PackedLinear,
+    as_they_are,
+    pack_rows,
+)
 from gemma_opt.errors import EngineError
 from gemma_opt.gemma import GemmaModel, text_layers
 from gemma_opt.quantization.linear import Fp8Linear, Int4Linear, Int8Linear
 from gemma_opt.quantization.table import Int8Embedding, Int8Head
-
-HALVES = (128, 64, 32)  # bytes of a block of Int4Halves: as long as fits, for wide loads
-
-
-@dataclass(frozen=True)
-class FloatRows:
-    """y = x · weightᵀ. weight: float [out, in]."""
-
-    weight: Tensor
-
-    @property
-    def out_features(self) -> int:
-        """Length of y."""
-        return self.weight.shape[0]
-
-
-@dataclass(frozen=True)
-class Int8Rows:
-    """y = (x · weightᵀ) · scale. weight: int8 [out, in]; scale: float32 [out]."""
-
-    weight: Tensor
-    scale: Tensor
-
-    @property
-    def out_features(self) -> int:
-        """Length of y."""
-        return self.weight.shape[0]
-
-
-@dataclass(frozen=True)
-class Fp8Rows:
-    """y = (x · weightᵀ) · scale. weight: float8_e4m3fn [out, in]; scale: float32 [out]."""
-
-    weight: Tensor
-    scale: Tensor
-
-    @property
-    def out_features(self) -> int:
-        """Length of y."""
-        return self.weight.shape[0]
-
-
-@dataclass(frozen=True)
-class Int4Rows:
-    """y = x · ((nibble − zero) · scale)ᵀ, a scale and a zero point for every group of neighbours in a row.
-
-    packed: uint8 [out, in/2], the even column in the low nibble; scale: bfloat16 [out, in/group]; zero: uint8 like scale, or
-    None where every zero point is 8.
-    """
-
-    packed: Tensor
-    scale: Tensor
-    zero: Tensor | None
-
-    @property
-    def out_features(self) -> int:
-        """Length of y."""
-        return self.packed.shape[0]
-
-    @property
-    def group(self) -> int:
-        """Neighbours that share a scale."""
-        return 2 * self.packed.shape[1] // self.scale.shape[1]
-
-    def dequantize(self) -> Tensor:
-        """The weight as float32 [out, in]."""
-        nibbles = torch.stack((self.packed & 15, self.packed >> 4), dim=-1).view(*self.scale.shape, self.group)
-        steps = nibbles.char() - (8 if self.zero is None else self.zero.char()[..., None])
-        return (steps * self.scale.float()[..., None]).flatten(1)
-
-
-@dataclass(frozen=True)
-class Int4Halves:
-    """The weights of `Int4Rows` in the order that GPU kernels read: two runs of columns in the nibbles of one run of bytes.
-
-    packed: uint8 [out, blocks · half]; of each block of 2 · half columns, byte j holds column j in its low nibble and column
-    half + j in its high one. steps: int32 [groups, out], two bfloat16 numbers: 128 + zero point above the scale. Columns
-    beyond in_features, which fill the last block up, have the scale 0.
-    """
-
-    packed: Tensor
-    steps: Tensor
-    group: int
-    half: int
-    in_features: int
-
-    @property
-    def out_features(self) -> int:
-        """Length of y."""
-        return self.packed.shape[0]
-
-    @staticmethod
-    def of(rows: Int4Rows) -> Int4Halves:
-        """Rearrange; the tensors are new."""
-        group, groups = rows.group, rows.scale.shape[1]
-        half = next((size for size in HALVES if size >= group and group * groups % (2 * size) == 0), group)
-        missing = -groups % (2 * half // group)
-        nibbles = torch.stack((rows.packed & 15, rows.packed >> 4), dim=-1).flatten(1)
-        low, high = functional.pad(nibbles, (0, missing * group)).view(rows.out_features, -1, 2, half).unbind(2)
-        zero = torch.full_like(rows.scale, 8) if rows.zero is None else rows.zero.to(torch.bfloat16)
-        words = torch.stack((rows.scale, zero + 128), dim=-1).view(torch.int32)[..., 0]
-        steps = functional.pad(words, (0, missing)).T.contiguous()
-        return Int4Halves((low | high << 4).flatten(1), steps, group, half, group * groups)
-
-    def dequantize(self) -> Tensor:
-        """The weight as float32 [out, in]."""
-        numbers = self.steps.T.contiguous()[..., None].view(torch.bfloat16).float()
-        blocks = self.packed.view(self.out_features, -1, self.half)
-        nibbles = torch.stack((blocks & 15, blocks >> 4), dim=2).view(*numbers.shape[:2], self.group)
-        weight = (nibbles + 128 - numbers[..., 1:]) * numbers[..., :1]
-        return weight.flatten(1)[:, : self.in_features]
-
-
-@dataclass(frozen=True)
-class ModuleRows:
-    """A linear of a format without a packed form here (quantized inputs, low rank): its own module computes it."""
-
-    module: nn.Module
-
-    @property
-    def out_features(self) -> int:
-        """Length of y."""
-        return int(getattr(self.module, "out_features"))  # noqa: B009 every linear of this package has it
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """Linears of unlike formats on the same input, their outputs one after another."""
-
-    parts: tuple[PackedLinear, ...]
-
-    @property
-    def out_features(self) -> int:
-        """Length of y."""
-        return sum(part.out_features for part in self.parts)
-
-
-PackedLinear = FloatRows | Int8Rows | Fp8Rows | Int4Rows | Int4Halves | ModuleRows | Stacked
-Arrange = Callable[[PackedLinear], PackedLinear]
-"""Puts a packed linear into the order that a device's kernels read."""
 
 
 @dataclass(frozen=True)
@@ -219,11 +88,6 @@ class TextWeights:
     def device(self) -> torch.device:
         """Where everything lies."""
         return self.final_norm.device
-
-
-def as_they_are(packed: PackedLinear) -> PackedLinear:
-    """The arrangement that changes nothing."""
-    return packed
 
 
 def take_weights(model: GemmaModel, *, release: bool, arrange: Arrange = as_they_are) -> TextWeights:
@@ -311,23 +175,6 @@ def _(module: Fp8Linear) -> PackedLinear:
 @_pack_one.register
 def _(module: Int4Linear) -> PackedLinear:
     return Int4Rows(module.weight_packed, module.weight_scale, module.weight_zero)
-
-
-def pack_rows(parts: Sequence[PackedLinear]) -> PackedLinear:
-    """One linear whose output is the parts' outputs one after another: one matrix if they share a format."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    if isinstance(first, Stacked) or any(_layout(part) != _layout(first) for part in parts):
-        return Stacked(tuple(parts))
-    tensors = [name for name, value in vars(first).items() if isinstance(value, Tensor)]
-    return replace(first, **{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})
-
-
-def _layout(part: PackedLinear) -> tuple[object, ...]:
-    """Everything but the number of rows: parts of one layout can be put on top of each other."""
-    fields = ((value.dtype, value.shape[1:]) if isinstance(value, Tensor) else value for value in vars(part).values())
-    return type(part), *fields
 
 
 def _norm(module: nn.Module) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gemma_opt.engine.cache import KvCache
+from gemma_opt.engine.packed import Arrange, PackedLinear, as_they_are
 from gemma_opt.engine.rope import RopeTables
-from gemma_opt.engine.weights import Arrange, PackedLinear, TextWeights, as_they_are
+from gemma_opt.engine.weights import TextWeights
 
 
 class DecodeStep(Protocol):

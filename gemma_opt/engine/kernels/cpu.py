@@ -20,8 +20,9 @@ from torch import Tensor
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.kernels import build
 from gemma_opt.engine.linear import linear
+from gemma_opt.engine.packed import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked
 from gemma_opt.engine.rope import RopeTables
-from gemma_opt.engine.weights import FloatRows, Int4Rows, Int8Rows, LayerWeights, PackedLinear, Stacked, TextWeights
+from gemma_opt.engine.weights import LayerWeights, TextWeights
 
 log = logging.getLogger(__name__)
 

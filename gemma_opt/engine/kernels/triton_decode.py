@@ -17,8 +17,9 @@ from gemma_opt.engine.kernels.triton_layer import add_norm, embed, place_qkv
 from gemma_opt.engine.kernels.triton_linear import Matrix, blocks_for, multiply
 from gemma_opt.engine.kernels.triton_matrices import TritonLinear, matrix_of, uses_of
 from gemma_opt.engine.kernels.triton_tuning import Tuning
+from gemma_opt.engine.packed import Int8Rows, PackedLinear
 from gemma_opt.engine.rope import RopeTables
-from gemma_opt.engine.weights import Int8Rows, LayerWeights, PackedLinear, TextWeights
+from gemma_opt.engine.weights import LayerWeights, TextWeights
 
 
 class TritonDecode:

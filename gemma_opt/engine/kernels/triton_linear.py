@@ -1,6 +1,6 @@
 # pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false
 # Kernel bodies are Triton's language in Python's clothes, and launches take options that no signature shows.
-"""y = x · Wᵀ for few rows of x, where the time is that of reading W: one kernel for rowwise formats, one for int4.
+"""y = x · Wᵀ for few rows of x, where the time is that of reading W: a kernel for rowwise formats; int4: `triton_int4`.
 
 Weights are read once for all rows, converted in registers and multiplied on the matrix units. Tiles have 8, 16, 32 or 64
 rows, absent ones masked, and every sum has one order whatever the tile: a row's result does not depend on its neighbours.
@@ -24,7 +24,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from gemma_opt.engine.kernels.triton_overlap import overlaps, prefetch_rows, start_next, wait, wait_for_input
+from gemma_opt.engine.kernels.triton_int4 import dequantize_kernel, int4_kernel
+from gemma_opt.engine.kernels.triton_overlap import overlaps, start_next, wait
+from gemma_opt.engine.kernels.triton_tiles import begin_tile, finish_tile
 
 LEAST_ROWS = 8  # the smallest tile of the matrix units: 1 to 8 rows cost the same
 FEW_ROWS = 16  # up to here a step is bound by reading the weights
@@ -83,31 +85,6 @@ class Matrix:
 
 
 @triton.jit
-def _begin(weight, split, out_features, gated: tl.constexpr, splits: tl.constexpr, block_out: tl.constexpr,
-           early: tl.constexpr, row_bytes: tl.constexpr, ahead: tl.constexpr, threads: tl.constexpr):  # fmt: skip
-    """Have the first bytes of this program's rows fetched, then wait for the activations."""
-    if ahead:
-        first = weight.to(tl.pointer_type(tl.uint8))
-        row = tl.program_id(1) * block_out
-        begin = split * (row_bytes // splits)
-        prefetch_rows(first, row, out_features, row_bytes, begin, ahead, block_out, threads)
-        if gated:
-            prefetch_rows(first + out_features * row_bytes, row, out_features, row_bytes, begin, ahead, block_out, threads)
-    wait_for_input(early)
-
-
-@triton.jit
-def _finish(acc, above, out, r, o, split, rows, out_features, gated: tl.constexpr):
-    """Store a tile [outputs, rows]; gated: gelu(acc) · above, rounded where separate modules would round."""
-    if gated:
-        acc = acc.to(out.dtype.element_ty).to(tl.float32)
-        acc = acc * tl.sigmoid(1.5957691216057308 * (acc + 0.044715 * acc * acc * acc))  # gelu's tanh form; 2·√(2/π)
-        acc = acc.to(out.dtype.element_ty).to(tl.float32) * above.to(out.dtype.element_ty).to(tl.float32)
-    place = (split * rows + r)[None, :] * out_features + o[:, None]
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(r[None, :] < rows) & (o[:, None] < out_features))
-
-
-@triton.jit
 def _rowwise_tile(weight, o, k, mask, in_features: tl.constexpr, operand: tl.constexpr):
     """Float, int8 or fp8 weights [outputs, inputs] in the operands' dtype, not scaled."""
     w = tl.load(weight + o[:, None].to(tl.int64) * in_features + k[None, :], mask=mask, other=0.0)
@@ -146,7 +123,7 @@ def _linear_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_f
         acc = tl.dot(first, values, acc, input_precision="ieee")
         acc += tl.dot(second, more_values, above, input_precision="ieee")
     else:
-        _begin(weight, split, out_features, gated, splits, block_out, early, row_bytes, ahead, threads)
+        begin_tile(weight, split, out_features, gated, splits, block_out, early, row_bytes, ahead, threads)
         for step in range(steps):
             k = (split * steps + step) * block_in + tl.arange(0, block_in)
             w_mask = o[:, None] < out_features
@@ -163,136 +140,7 @@ def _linear_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_f
         acc = acc * scales
         if gated:
             above = above * scales_above
-    _finish(acc, above, out, r, o, split, rows, out_features, gated)
-
-
-@triton.jit
-def _nibbles(packed, operand: tl.constexpr):
-    """128 + the low and 128 + the high nibbles of a tile of bytes, in the operands' dtype.
-
-    bfloat16 128 to 143 are 0x4300 to 0x430F: a byte permutation, a shift at most and one logical operation a pair of weights.
-    """
-    if operand == tl.bfloat16:
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 one, two;
-            prmt.b32 one, $4, 0, 0x4140;
-            prmt.b32 two, $4, 0, 0x4342;
-            lop3.b32 $0, one, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 $1, two, 0x000F000F, 0x43004300, 0xEA;
-            shr.u32 one, one, 4;
-            shr.u32 two, two, 4;
-            lop3.b32 $2, one, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 $3, two, 0x000F000F, 0x43004300, 0xEA;
-            }""",
-            "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        low = (packed & 15).to(operand) + 128.0
-        high = (packed >> 4).to(operand) + 128.0
-    return low, high
-
-
-@triton.jit
-def _scaled(nibbles, steps, first_group, o, out_features, stride: tl.constexpr, groups: tl.constexpr, group: tl.constexpr,
-            operand: tl.constexpr, block_out: tl.constexpr):  # fmt: skip
-    """(nibble - zero) · scale. nibbles: [outputs, groups · group], with 128 added, as the zero points have.
-
-    The difference is exact, and its product rounded once, as in a dequantized bfloat16 matrix.
-    """
-    g = first_group + tl.arange(0, groups)
-    words = tl.load(steps + g[None, :] * stride + o[:, None], mask=o[:, None] < out_features, other=0)
-    if operand == tl.bfloat16:
-        s = words.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        z = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        s = (words << 16).to(tl.float32, bitcast=True)
-        z = (words & -65536).to(tl.float32, bitcast=True)
-    s = tl.reshape(tl.broadcast_to(s[:, :, None], (block_out, groups, group)), (block_out, groups * group))
-    z = tl.reshape(tl.broadcast_to(z[:, :, None], (block_out, groups, group)), (block_out, groups * group))
-    return (nibbles - z) * s
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _int4_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_features: tl.constexpr, gated: tl.constexpr,
-                 group: tl.constexpr, half: tl.constexpr, operand: tl.constexpr, splits: tl.constexpr,
-                 block_rows: tl.constexpr, block_out: tl.constexpr, early: tl.constexpr, row_bytes: tl.constexpr,
-                 ahead: tl.constexpr, threads: tl.constexpr):  # fmt: skip
-    """The same for int4. scale: the steps."""
-    r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    o = tl.program_id(1) * block_out + tl.arange(0, block_out)
-    split = tl.program_id(2)
-    blocks: tl.constexpr = row_bytes // half
-    steps: tl.constexpr = (blocks + splits - 1) // splits
-    even: tl.constexpr = blocks % splits == 0 and in_features == 2 * row_bytes
-    groups: tl.constexpr = half // group
-    stride: tl.constexpr = 2 * out_features if gated else out_features
-    w_mask = o[:, None] < out_features
-    r_mask = r[None, :] < rows
-    acc = tl.zeros((block_out, block_rows), tl.float32)
-    acc_high = tl.zeros((block_out, block_rows), tl.float32)  # apart: products that need not wait for each other
-    above = tl.zeros((block_out, block_rows), tl.float32)
-    above_high = tl.zeros((block_out, block_rows), tl.float32)
-    if steps == 1 and even and not gated:  # all of a program's weights are under way before it waits
-        start_next(early)
-        first = 2 * groups * split
-        place = o[:, None].to(tl.int64) * row_bytes + (split * half + tl.arange(0, half))[None, :]
-        low, high = _nibbles(tl.load(weight + place, mask=w_mask, other=0), operand)
-        low = _scaled(low, scale, first, o, out_features, stride, groups, group, operand, block_out)
-        high = _scaled(high, scale, first + groups, o, out_features, stride, groups, group, operand, block_out)
-        wait(early)
-        k = 2 * half * split + tl.arange(0, half)
-        low_values = tl.load(x + r[None, :] * in_features + k[:, None], mask=r_mask, other=0.0).to(operand)
-        high_values = tl.load(x + r[None, :] * in_features + half + k[:, None], mask=r_mask, other=0.0).to(operand)
-        acc = tl.dot(low, low_values, acc, input_precision="ieee")
-        acc_high = tl.dot(high, high_values, acc_high, input_precision="ieee")
-    else:
-        _begin(weight, split, out_features, gated, splits, block_out, early, row_bytes, ahead, threads)
-        for step in range(steps):
-            block = split * steps + step
-            low_k = 2 * half * block + tl.arange(0, half)
-            high_k = low_k + half
-            low_mask, high_mask = r_mask, r_mask
-            if not even:  # beyond the end activations are 0, whatever weights they meet
-                low_mask = r_mask & (low_k[:, None] < in_features)
-                high_mask = r_mask & (high_k[:, None] < in_features)
-                block = tl.minimum(block, blocks - 1)
-            low_values = tl.load(x + r[None, :] * in_features + low_k[:, None], mask=low_mask, other=0.0).to(operand)
-            high_values = tl.load(x + r[None, :] * in_features + high_k[:, None], mask=high_mask, other=0.0).to(operand)
-            place = o[:, None].to(tl.int64) * row_bytes + (block * half + tl.arange(0, half))[None, :]
-            first = 2 * groups * block
-            low, high = _nibbles(tl.load(weight + place, mask=w_mask, other=0), operand)
-            low = _scaled(low, scale, first, o, out_features, stride, groups, group, operand, block_out)
-            high = _scaled(high, scale, first + groups, o, out_features, stride, groups, group, operand, block_out)
-            acc = tl.dot(low, low_values, acc, input_precision="ieee")
-            acc_high = tl.dot(high, high_values, acc_high, input_precision="ieee")
-            if gated:
-                low, high = _nibbles(tl.load(weight + out_features * row_bytes + place, mask=w_mask, other=0), operand)
-                shifted = scale + out_features
-                low = _scaled(low, shifted, first, o, out_features, stride, groups, group, operand, block_out)
-                high = _scaled(high, shifted, first + groups, o, out_features, stride, groups, group, operand, block_out)
-                above = tl.dot(low, low_values, above, input_precision="ieee")
-                above_high = tl.dot(high, high_values, above_high, input_precision="ieee")
-    _finish(acc + acc_high, above + above_high, out, r, o, split, rows, out_features, gated)
-
-
-@triton.jit
-def _dequantize_kernel(weight, scale, out, out_features: tl.constexpr, in_features: tl.constexpr, group: tl.constexpr,
-                       half: tl.constexpr, row_bytes: tl.constexpr, operand: tl.constexpr,
-                       block_out: tl.constexpr):  # fmt: skip
-    o = tl.program_id(0) * block_out + tl.arange(0, block_out)
-    block = tl.program_id(1)
-    j = tl.arange(0, half)
-    groups: tl.constexpr = half // group
-    row = o[:, None].to(tl.int64)
-    inside = o[:, None] < out_features
-    low, high = _nibbles(tl.load(weight + row * row_bytes + block * half + j[None, :], mask=inside, other=0), operand)
-    low = _scaled(low, scale, 2 * groups * block, o, out_features, out_features, groups, group, operand, block_out)
-    high = _scaled(high, scale, 2 * groups * block + groups, o, out_features, out_features, groups, group, operand, block_out)
-    place = out + row * in_features + 2 * half * block + j[None, :]
-    left = in_features - 2 * half * block - j[None, :]
-    tl.store(place, low.to(out.dtype.element_ty), mask=inside & (left > 0))
-    tl.store(place + half, high.to(out.dtype.element_ty), mask=inside & (left > half))
+    finish_tile(acc, above, out, r, o, split, rows, out_features, gated)
 
 
 def multiply(
@@ -309,7 +157,7 @@ def multiply(
         raise ValueError(f"out has {splits} partial results, the blocks make {blocks.splits}, gated ones 1")
     early = overlaps(x)
     block_rows = tile_rows(rows)
-    kernel = _int4_kernel if matrix.group else _linear_kernel
+    kernel = int4_kernel if matrix.group else _linear_kernel
     own: dict[str, int] = (
         {"group": matrix.group, "half": matrix.half}
         if matrix.group
@@ -349,7 +197,7 @@ def _ahead(row_bytes: int, blocks: Blocks) -> int:
 def dequantize_int4(matrix: Matrix, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] of an int4 matrix in `dtype`, without a copy in between."""
     out = torch.empty(matrix.out_features, matrix.in_features, dtype=dtype, device=matrix.weight.device)
-    _dequantize_kernel[(triton.cdiv(matrix.out_features, 32), matrix.row_bytes // matrix.half)](
+    dequantize_kernel[(triton.cdiv(matrix.out_features, 32), matrix.row_bytes // matrix.half)](
         matrix.weight, matrix.scale, out, out_features=matrix.out_features, in_features=matrix.in_features, group=matrix.group,
         half=matrix.half, row_bytes=matrix.row_bytes, operand=operand_of(dtype), block_out=32, num_warps=4,
     )  # fmt: skip

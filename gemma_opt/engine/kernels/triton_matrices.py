@@ -11,7 +11,8 @@ from gemma_opt.engine.kernels.triton_library import multiply_by_library
 from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, LEAST_ROWS, MOST_ROWS, Matrix, multiply
 from gemma_opt.engine.kernels.triton_tuning import Tuning
 from gemma_opt.engine.linear import linear
-from gemma_opt.engine.weights import FloatRows, Fp8Rows, Int4Halves, Int4Rows, Int8Rows, PackedLinear, Stacked, TextWeights
+from gemma_opt.engine.packed import FloatRows, Fp8Rows, Int4Halves, Int4Rows, Int8Rows, PackedLinear, Stacked
+from gemma_opt.engine.weights import TextWeights
 
 TILES = tuple(2**power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length()))  # of rows
 

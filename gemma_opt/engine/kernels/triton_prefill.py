@@ -11,8 +11,9 @@ from torch.nn import functional
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.kernels.triton_layer import add_norm, place_qkv
 from gemma_opt.engine.linear import rms_norm
+from gemma_opt.engine.packed import PackedLinear
 from gemma_opt.engine.rope import RopeTables
-from gemma_opt.engine.weights import PackedLinear, TextWeights
+from gemma_opt.engine.weights import TextWeights
 
 
 class TritonPrefill:

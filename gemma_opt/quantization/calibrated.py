@@ -1,4 +1,4 @@
-"""The formats that measure the model on data, one decoder layer at a time: static scales, smoothing, GPTQ.
+"""The formats that measure what linears receive, one decoder layer at a time: static scales, smoothing, fitted int4, GPTQ.
 
 Every linear is measured behind all that was quantized before it, inside its own layer too. A finished layer is kept in the
 store, and a build that was interrupted goes on from there. Scales are part of the checkpoint: the data is never needed again.
@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from functools import cached_property, singledispatch
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from gemma_opt.calibration import Block, CalibrationData, Moments, walk_layers
 from gemma_opt.errors import PlanError
 from gemma_opt.gemma import GemmaModel
 from gemma_opt.policy import Plan, PlanRow, Progress
-from gemma_opt.quantization import grid, hqq
-from gemma_opt.quantization.gptq import Curvature, curvature, gptq
+from gemma_opt.quantization import fit, grid
+from gemma_opt.quantization.gptq import DAMPING, Curvature, curvature, gptq
 from gemma_opt.quantization.handlers import (
     Tensors,
     bias_of,
@@ -27,10 +28,11 @@ from gemma_opt.quantization.handlers import (
     linear_of,
     round_weight_,
     weigh,
+    weigh_int4,
 )
 from gemma_opt.quantization.observers import Observed
 from gemma_opt.quantization.smoothing import smooth_
-from gemma_opt.recipe import FLOATS, Fp8Static, Int4, Int8Dynamic, Int8DynamicInt4, Int8Static
+from gemma_opt.recipe import FLOATS, SMOOTHED, Fp8Static, Int4, Int8DynamicInt4, Int8Static
 
 
 class Step:
@@ -46,6 +48,19 @@ class Step:
         if moments.hessian is None:
             raise PlanError("a full Hessian is needed and was not measured")
         return curvature(moments.hessian)
+
+    @cached_property
+    def importance(self) -> Tensor:
+        """[in]: the Hessian's diagonal, damped as it is, without the rest."""
+        name = self.names[0]
+        squares, tokens = torch.zeros(()), 0
+        for inputs in self.block.inputs([name]):
+            x, counts = inputs[name]
+            square = x.float().square()
+            squares = squares.to(x.device) + (square if counts is None else square * counts).sum(dim=0)
+            tokens += len(x)
+        mean = squares / tokens
+        return mean + (DAMPING * mean.mean()).clamp(min=torch.finfo(mean.dtype).tiny)
 
     @cached_property
     def observed(self) -> Observed:
@@ -76,11 +91,15 @@ def _(stored: Int8Static | Fp8Static, weight: Tensor, step: Step) -> Tensors:
 
 @weigh_measured.register(Int4 | Int8DynamicInt4)
 def _(stored: Int4 | Int8DynamicInt4, weight: Tensor, step: Step) -> Tensors:
-    groups = grid.grouped(weight, stored.group)
-    if stored.method != "gptq" or bool(grid.exact_grid(groups)[1].all()):
+    if stored.method == "rtn":
         return weigh(stored, weight)
+    groups = grid.grouped(weight, stored.group)
+    if bool(grid.exact_grid(groups)[1].all()):
+        return weigh(stored, weight)
+    if stored.method == "hqq":
+        return weigh_int4(stored, weight, step.importance)
     importance = step.curvature.hessian.diagonal().unflatten(0, groups.shape[1:])
-    fitted = hqq.fitted_grid(groups, symmetric=stored.symmetric, importance=importance)
+    fitted = fit.fitted_grid(groups, symmetric=stored.symmetric, importance=importance)
     return int4_tensors(stored, *gptq(weight.float(), step.curvature, fitted))
 
 
@@ -143,4 +162,4 @@ def _smooth_(model: nn.Module, block: Block, linears: list[PlanRow]) -> None:
 
 
 def _alpha(row: PlanRow) -> float | None:
-    return row.format.smooth if isinstance(row.format, Int8Dynamic | Int8Static) else None
+    return row.format.smooth if isinstance(row.format, SMOOTHED) else None

@@ -15,7 +15,7 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationIn
 from torchao.quantization import quantize_ as torchao_quantize_
 
 from gemma_opt import checkpoint, inspection, loading, pipeline
-from gemma_opt.calibration import CalibrationData, Sample, Store, draw_samples, walk_layers
+from gemma_opt.calibration import CalibrationData, Sample, Store, draw_samples, random_samples, walk_layers
 from gemma_opt.errors import NeedsBuild, PlanError, RecipeError
 from gemma_opt.policy import plan
 from gemma_opt.quantization import Fp8Linear, Int8Linear, quantize_
@@ -258,6 +258,25 @@ def test_scales_need_data_and_say_so() -> None:
     model = fresh_model()
     with pytest.raises(PlanError, match="int8_static needs calibration data, and the pipeline was given none"):
         quantize_(model, plan(model, STATIC))
+
+
+@pytest.mark.parametrize("stored", ["int8_dynamic", "fp8_dynamic", "int4", "int8_dynamic_int4"])
+def test_formats_that_only_measure_take_random_tokens_where_there_is_no_data(stored: str) -> None:
+    """And the recipe's calibration data where there is some."""
+    config = fresh_model().config
+    tokens = random_samples(config.get_text_config().vocab_size, 2, config.image_token_id)
+    recipe = Recipe.load("small-bf16", (f"quantization.default={stored}",))
+    calibrated = Recipe.from_tree(recipe.model_dump(mode="json") | {"calibration": {"source": ["charts"]}}, "test")
+    assert not recipe.needs_data
+    assert calibrated.needs_data
+    assert calibrated.digest() != recipe.digest()
+    found: list[dict[str, Tensor]] = []
+    for data in (None, CalibrationData(tokens, Store()), CalibrationData(samples(), Store())):
+        model = fresh_model()
+        quantize_(model, plan(model, recipe), data=data)
+        found.append(model.state_dict())
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+    assert not all(torch.equal(found[0][name], tensor) for name, tensor in found[2].items())
 
 
 def test_fp8_on_the_cpu_says_that_it_is_emulated(caplog: pytest.LogCaptureFixture) -> None:

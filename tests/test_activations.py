@@ -22,7 +22,7 @@ from gemma_opt.quantization import Fp8Linear, Int8Linear, quantize_
 from gemma_opt.quantization.activations import FP8, FP8_MAX, quantize_input
 from gemma_opt.quantization.calibrated import observe
 from gemma_opt.quantization.observers import Observed
-from gemma_opt.quantization.rows import fp8_rows, int8_rows
+from gemma_opt.quantization.rows import fitted_fp8_rows, fp8_rows, int8_rows
 from gemma_opt.quantization.smoothing import smooth_
 from gemma_opt.recipe import TEXT_ROLES, Recipe
 
@@ -75,6 +75,19 @@ def test_fp8_rows_reach_the_limit_and_keep_zeros() -> None:
     assert (rows.float().abs().amax(dim=1)[1:] == FP8_MAX).all()
     assert (rows.float()[weight == 0] == 0).all()
     assert ((rows.float() * scale[:, None] - weight).abs() <= weight.abs() * 2**-4 + scale[:, None] * 2**-10).all()
+
+
+def test_fitted_fp8_rows_cost_less_where_it_counts() -> None:
+    weight, importance = rand(48, 32) * torch.logspace(-6, 6, 48)[:, None], torch.rand(32) ** 4
+    weight[0], weight[:, ::3] = 0, 0
+
+    def costs(rows: Tensor, scale: Tensor) -> Tensor:
+        return (rows.float() * scale[:, None] - weight).square() @ importance
+
+    plain, fitted = fp8_rows(weight), fitted_fp8_rows(weight, importance)
+    assert (costs(*fitted) <= costs(*plain)).all()
+    assert (costs(*fitted) / costs(*plain))[1:].mean() < 0.9
+    assert (fitted[0].float()[weight == 0] == 0).all()
 
 
 def test_fp8_rows_are_torchaos() -> None:

@@ -294,7 +294,7 @@ def broken_model() -> Gemma3ForCausalLM:
 # Behind the quantizer's rounding
 
 
-INT4 = {"format": "int4", "group": 32, "method": "rtn"}
+INT4 = {"format": "int4", "group": 32, "method": "rtn", "smooth": None}
 
 
 def int4_rules(*, quantized: bool, **section: object) -> Recipe:
@@ -440,7 +440,7 @@ def test_steps_and_precision_must_fit_the_rest_of_the_recipe() -> None:
     with pytest.raises(RecipeError, match="float formats only"):
         rules(quantized=True)
     tree = int4_rules(quantized=True).model_dump(mode="json")
-    with pytest.raises(RecipeError, match=r"int4 g32 measure their inputs: set `method: rtn`"):
+    with pytest.raises(RecipeError, match=r"int4 g32 measure their inputs: set `smooth: null`"):
         Recipe.from_tree(tree, "test", ("quantization.roles.up.method=hqq",))
 
 

@@ -41,7 +41,7 @@ def int4_of(weight: Tensor, **options: object) -> Int4Linear:
     """What `quantize_` makes of one weight [48, 32]."""
     model = small_text_model()
     planned_weights(model, plan(model, recipe()).rows)[UP].data = weight.clone()
-    quantize_(model, plan(model, recipe(roles={"up": {"format": "int4", **options}})))
+    quantize_(model, plan(model, recipe(roles={"up": {"format": "int4", "smooth": None, **options}})))
     layer = model.get_submodule(UP)
     assert isinstance(layer, Int4Linear)
     return layer

@@ -31,8 +31,9 @@ from gemma_opt.quantization.handlers import (
     weigh_int4,
 )
 from gemma_opt.quantization.observers import Observed
+from gemma_opt.quantization.rows import fitted_fp8_rows
 from gemma_opt.quantization.smoothing import smooth_
-from gemma_opt.recipe import FLOATS, SMOOTHED, Fp8Static, Int4, Int8DynamicInt4, Int8Static
+from gemma_opt.recipe import FLOATS, SMOOTHED, Fp8Dynamic, Fp8Static, Int4, Int8DynamicInt4, Int8Static
 
 
 class Step:
@@ -83,24 +84,41 @@ def weigh_measured(stored: object, weight: Tensor, step: Step) -> Tensors:
     return weigh(stored, weight)
 
 
-@weigh_measured.register(Int8Static | Fp8Static)
-def _(stored: Int8Static | Fp8Static, weight: Tensor, step: Step) -> Tensors:
-    scale = step.observed.scale(stored.observer, stored.activation)
-    return {**weigh(stored, weight), "input_scale": scale.to(weight.device)}
+@weigh_measured.register(Int8Static)
+def _(stored: Int8Static, weight: Tensor, step: Step) -> Tensors:
+    return {**weigh(stored, weight), "input_scale": _input_scale(stored, weight, step)}
+
+
+@weigh_measured.register(Fp8Dynamic)
+def _(stored: Fp8Dynamic, weight: Tensor, step: Step) -> Tensors:
+    if not stored.measures:
+        return weigh(stored, weight)
+    rows, scale = fitted_fp8_rows(weight, step.importance)
+    return {"weight": rows, "weight_scale": scale}
+
+
+@weigh_measured.register(Fp8Static)
+def _(stored: Fp8Static, weight: Tensor, step: Step) -> Tensors:
+    rows, scale = fitted_fp8_rows(weight, step.importance)
+    return {"weight": rows, "weight_scale": scale, "input_scale": _input_scale(stored, weight, step)}
 
 
 @weigh_measured.register(Int4 | Int8DynamicInt4)
 def _(stored: Int4 | Int8DynamicInt4, weight: Tensor, step: Step) -> Tensors:
     if stored.method == "rtn":
         return weigh(stored, weight)
-    groups = grid.grouped(weight, stored.group)
-    if bool(grid.exact_grid(groups)[1].all()):
+    if _is_on_grid(weight, stored.group):
         return weigh(stored, weight)
     if stored.method == "hqq":
         return weigh_int4(stored, weight, step.importance)
+    groups = grid.grouped(weight, stored.group)
     importance = step.curvature.hessian.diagonal().unflatten(0, groups.shape[1:])
     fitted = fit.fitted_grid(groups, symmetric=stored.symmetric, importance=importance)
     return int4_tensors(stored, *gptq(weight.float(), step.curvature, fitted))
+
+
+def _input_scale(stored: Int8Static | Fp8Static, weight: Tensor, step: Step) -> Tensor:
+    return step.observed.scale(stored.observer, stored.activation).to(weight.device)
 
 
 def in_decoder(model: nn.Module, plan: Plan) -> tuple[PlanRow, ...]:
@@ -146,8 +164,14 @@ def _restore_(model: nn.Module, layer: nn.Module, rows: dict[str, PlanRow], tens
 
 
 def _smooth_(model: nn.Module, block: Block, linears: list[PlanRow]) -> None:
-    """Smooth the inputs that any reader's format asks to. Last ones first: each changes weights before it."""
+    """Smooth the inputs that any reader's format asks to. Last ones first: each changes weights before it.
+
+    A layer that holds a quantization-aware linear is left alone: factors would move it off its grid.
+    """
     rows = {row.name: row for row in linears}
+    int4 = [(row, row.format.group) for row in linears if isinstance(row.format, Int4 | Int8DynamicInt4)]
+    if any(_is_on_grid(linear_at(model, row).weight, group) for row, group in int4):
+        return
     wanted = {
         tuple(names): max(alphas)
         for names in block.steps(list(rows))
@@ -159,6 +183,10 @@ def _smooth_(model: nn.Module, block: Block, linears: list[PlanRow]) -> None:
         found = peaks[names[0]]
         if found is not None:
             smooth_(block.layer, {name: linear_at(model, rows[name]) for name in names}, found, alpha)
+
+
+def _is_on_grid(weight: Tensor, group: int) -> bool:
+    return bool(grid.exact_grid(grid.grouped(weight.detach(), group))[1].all())
 
 
 def _alpha(row: PlanRow) -> float | None:

@@ -71,7 +71,7 @@ class Int8(_Format):
 
 
 class _Smoothed(_Format):
-    """Quantized inputs, evened out before. smooth: None leaves that out."""
+    """Weights and inputs of a layer share their unevenness before they are rounded. smooth: None leaves that out."""
 
     smooth: Smooth | None = 0.5
 
@@ -95,19 +95,21 @@ class Int8Static(_Smoothed):
 
     format: Literal["int8_static"] = "int8_static"
     observer: Observer = "mse"
+    smooth: Smooth | None = 0.65
 
     @property
     def needs_data(self) -> bool:
         return True
 
 
-class Int4Weights(_Format):
+class Int4Weights(_Smoothed):
     """4-bit numbers from 0 to 15, two in a byte, one bfloat16 scale for every `group` neighbours of a row.
 
     symmetric: zero is always stored as 8; else every group has a zero point of its own, from 0 to 15. method: how they are
     chosen: rtn takes the nearest step of the finest grid that reaches all weights; hqq fits the grid to the weights, in
     decoder layers as the inputs they meet weigh them; gptq does too, and lets later columns make up for the rounding of
-    earlier ones, as calibration data weighs it.
+    earlier ones, as calibration data weighs it. smooth: takes the inputs' large channels into the weights, so that groups
+    follow what counts (the idea of AWQ, Lin et al. 2023, arXiv:2306.00978); weights that lie on an int4 grid are left alone.
     """
 
     group: Literal[32, 64, 128] = 32
@@ -116,7 +118,7 @@ class Int4Weights(_Format):
 
     @property
     def measures(self) -> bool:
-        return self.method != "rtn"
+        return super().measures or self.method != "rtn"
 
     @property
     def needs_data(self) -> bool:
@@ -132,16 +134,12 @@ class Int4(Int4Weights):
     format: Literal["int4"] = "int4"
 
 
-class Int8DynamicInt4(_Smoothed, Int4Weights):
+class Int8DynamicInt4(Int4Weights):
     """int4 weights, and int8 inputs with one scale a token: what phones compute with."""
 
     activation: ClassVar[Activation] = "int8_dynamic"
 
     format: Literal["int8_dynamic_int4"] = "int8_dynamic_int4"
-
-    @property
-    def measures(self) -> bool:
-        return self.smooth is not None or self.method != "rtn"
 
 
 class Fp8(_Format):
@@ -165,6 +163,7 @@ class Fp8Static(_Smoothed):
 
     format: Literal["fp8_static"] = "fp8_static"
     observer: Observer = "absmax"
+    smooth: Smooth | None = 0.65
 
     @property
     def needs_data(self) -> bool:
@@ -183,7 +182,7 @@ def _long_form(value: object) -> object:
 
 _TAG = Field(discriminator="format")
 FLOATS = (Fp32, Bf16, Fp16)
-SMOOTHED = (Int8Dynamic, Int8Static, Int8DynamicInt4, Fp8Dynamic, Fp8Static)
+SMOOTHED = (Int8Dynamic, Int8Static, Int4, Int8DynamicInt4, Fp8Dynamic, Fp8Static)
 FP8_FORMATS = (Fp8, Fp8Dynamic, Fp8Static)
 FloatFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16, _TAG], BeforeValidator(_long_form)]
 TableFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16 | Int8, _TAG], BeforeValidator(_long_form)]

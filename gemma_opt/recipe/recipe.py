@@ -93,7 +93,7 @@ class Recipe(Section):
         if self.distill.quantized and (measured := sorted({str(stored) for stored in formats if stored.measures})):
             raise ValueError(
                 f"distill: quantized rounds by the weights alone, and {', '.join(measured)} measure their inputs: "
-                "set `method: rtn` or `smooth: null`"
+                "set `smooth: null`, and for int4 `method: rtn`"
             )
         if self.distill.quantized and all(isinstance(stored, (*FLOATS, Tied)) for stored in formats):
             raise ValueError("distill: quantized, and the quantization section has float formats only")

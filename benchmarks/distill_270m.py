@@ -36,11 +36,11 @@ WINDOWS = 3  # of 512 tokens from each held-out text
 OTHER_WINDOWS = 8  # of the other kind
 TREE: dict[str, object] = {
     "name": "gemma-3-270m-compact25-distilled",
-    "calibration": {"windows": 16, "window_tokens": 512},
+    "calibration": {"windows": 64, "window_tokens": 512},
     "sparsity": [{"method": "compact", "ratio": 0.25}],
     "distill": {
-        "windows": 512, "window_tokens": 256, "steps": 250, "batch": 8, "micro_batch": 8, "top_k": 64, "negatives": 8192,
-        "learning_rate": 0.00002, "roles": ["gate", "up", "down", "norm"],
+        "windows": 512, "window_tokens": 256, "steps": 200, "batch": 8, "micro_batch": 8, "top_k": 64, "negatives": 8192,
+        "learning_rate": 0.00001, "roles": ["gate", "up", "down", "norm"],
     },
     "quantization": {"default": "fp32", "roles": {"embedding": "fp32"}},
 }  # fmt: skip

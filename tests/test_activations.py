@@ -15,14 +15,14 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationIn
 from torchao.quantization import quantize_ as torchao_quantize_
 
 from gemma_opt import checkpoint, inspection, loading, pipeline
-from gemma_opt.calibration import CalibrationData, Sample, Store, draw_samples, walk_layers
+from gemma_opt.calibration import CalibrationData, Sample, Store, draw_samples, random_samples, walk_layers
 from gemma_opt.errors import NeedsBuild, PlanError, RecipeError
 from gemma_opt.policy import plan
 from gemma_opt.quantization import Fp8Linear, Int8Linear, quantize_
 from gemma_opt.quantization.activations import FP8, FP8_MAX, quantize_input
 from gemma_opt.quantization.calibrated import observe
 from gemma_opt.quantization.observers import Observed
-from gemma_opt.quantization.rows import fp8_rows, int8_rows
+from gemma_opt.quantization.rows import fitted_fp8_rows, fp8_rows, int8_rows
 from gemma_opt.quantization.smoothing import smooth_
 from gemma_opt.recipe import TEXT_ROLES, Recipe
 
@@ -75,6 +75,19 @@ def test_fp8_rows_reach_the_limit_and_keep_zeros() -> None:
     assert (rows.float().abs().amax(dim=1)[1:] == FP8_MAX).all()
     assert (rows.float()[weight == 0] == 0).all()
     assert ((rows.float() * scale[:, None] - weight).abs() <= weight.abs() * 2**-4 + scale[:, None] * 2**-10).all()
+
+
+def test_fitted_fp8_rows_cost_less_where_it_counts() -> None:
+    weight, importance = rand(48, 32) * torch.logspace(-6, 6, 48)[:, None], torch.rand(32) ** 4
+    weight[0], weight[:, ::3] = 0, 0
+
+    def costs(rows: Tensor, scale: Tensor) -> Tensor:
+        return (rows.float() * scale[:, None] - weight).square() @ importance
+
+    plain, fitted = fp8_rows(weight), fitted_fp8_rows(weight, importance)
+    assert (costs(*fitted) <= costs(*plain)).all()
+    assert (costs(*fitted) / costs(*plain))[1:].mean() < 0.9
+    assert (fitted[0].float()[weight == 0] == 0).all()
 
 
 def test_fp8_rows_are_torchaos() -> None:
@@ -258,6 +271,25 @@ def test_scales_need_data_and_say_so() -> None:
     model = fresh_model()
     with pytest.raises(PlanError, match="int8_static needs calibration data, and the pipeline was given none"):
         quantize_(model, plan(model, STATIC))
+
+
+@pytest.mark.parametrize("stored", ["int8_dynamic", "fp8_dynamic", "int4", "int8_dynamic_int4"])
+def test_formats_that_only_measure_take_random_tokens_where_there_is_no_data(stored: str) -> None:
+    """And the recipe's calibration data where there is some."""
+    config = fresh_model().config
+    tokens = random_samples(config.get_text_config().vocab_size, 2, config.image_token_id)
+    recipe = Recipe.load("small-bf16", (f"quantization.default={stored}",))
+    calibrated = Recipe.from_tree(recipe.model_dump(mode="json") | {"calibration": {"source": ["charts"]}}, "test")
+    assert not recipe.needs_data
+    assert calibrated.needs_data
+    assert calibrated.digest() != recipe.digest()
+    found: list[dict[str, Tensor]] = []
+    for data in (None, CalibrationData(tokens, Store()), CalibrationData(samples(), Store())):
+        model = fresh_model()
+        quantize_(model, plan(model, recipe), data=data)
+        found.append(model.state_dict())
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+    assert not all(torch.equal(found[0][name], tensor) for name, tensor in found[2].items())
 
 
 def test_fp8_on_the_cpu_says_that_it_is_emulated(caplog: pytest.LogCaptureFixture) -> None:

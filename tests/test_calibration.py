@@ -11,7 +11,16 @@ from models import EXAMPLE, chart, fresh_model, processing, shared_model
 from torch import Tensor, nn
 
 from gemma_opt import gemma
-from gemma_opt.calibration import Moments, Sample, Store, draw_samples, measure_sensitivity, sources_identity, walk_layers
+from gemma_opt.calibration import (
+    Moments,
+    Sample,
+    Store,
+    draw_samples,
+    measure_sensitivity,
+    random_samples,
+    sources_identity,
+    walk_layers,
+)
 from gemma_opt.errors import RecipeError
 from gemma_opt.evaluation.quiz import data_uri
 from gemma_opt.recipe import Calibration
@@ -272,3 +281,11 @@ def test_a_store_without_a_folder_keeps_nothing() -> None:
 
 def test_fresh_and_shared_models_are_the_same() -> None:
     assert torch.equal(fresh_model().lm_head.weight, shared_model().lm_head.weight)
+
+
+def test_random_tokens_are_always_the_same_and_never_a_pictures() -> None:
+    drawn = torch.cat([sample.token_ids for sample in random_samples(50, 2, 7)])
+    assert torch.equal(drawn, torch.cat([sample.token_ids for sample in random_samples(50, 2, 7)]))
+    assert drawn.shape == (4, 256)
+    assert (drawn[:, 0] == 2).all()
+    assert set(drawn.unique().tolist()) == set(range(50)) - {7}

@@ -294,7 +294,7 @@ def broken_model() -> Gemma3ForCausalLM:
 # Behind the quantizer's rounding
 
 
-INT4 = {"format": "int4", "group": 32}
+INT4 = {"format": "int4", "group": 32, "method": "rtn", "smooth": None}
 
 
 def int4_rules(*, quantized: bool, **section: object) -> Recipe:
@@ -439,6 +439,9 @@ def test_steps_and_precision_must_fit_the_rest_of_the_recipe() -> None:
         rules(dtype="bfloat16")
     with pytest.raises(RecipeError, match="float formats only"):
         rules(quantized=True)
+    tree = int4_rules(quantized=True).model_dump(mode="json")
+    with pytest.raises(RecipeError, match=r"int4 g32 measure their inputs: set `smooth: null`"):
+        Recipe.from_tree(tree, "test", ("quantization.roles.up.method=hqq",))
 
 
 def test_what_is_learned_is_part_of_the_digest_and_unread_calibration_is_not() -> None:

@@ -13,8 +13,8 @@ from gemma_opt.calibration import CalibrationData, Sample, Store, draw_samples
 from gemma_opt.calibration.walk import model_inputs
 from gemma_opt.policy import plan, planned_weights
 from gemma_opt.quantization import Int4Linear, grid, quantize_
+from gemma_opt.quantization.fit import fitted_grid
 from gemma_opt.quantization.gptq import curvature, gptq
-from gemma_opt.quantization.hqq import POWER, SYMMETRIC_POWER, fitted_grid
 from gemma_opt.recipe import Int4, Recipe
 from tests.shapes import recipe, small_text_model
 from tests.test_quantization import UP, awkward_weight
@@ -41,7 +41,7 @@ def int4_of(weight: Tensor, **options: object) -> Int4Linear:
     """What `quantize_` makes of one weight [48, 32]."""
     model = small_text_model()
     planned_weights(model, plan(model, recipe()).rows)[UP].data = weight.clone()
-    quantize_(model, plan(model, recipe(roles={"up": {"format": "int4", **options}})))
+    quantize_(model, plan(model, recipe(roles={"up": {"format": "int4", "smooth": None, **options}})))
     layer = model.get_submodule(UP)
     assert isinstance(layer, Int4Linear)
     return layer
@@ -112,16 +112,19 @@ def normal_groups(seed: int = 0) -> Tensor:
     return weight
 
 
-def lp_error(weight: Tensor, found: grid.Grid, power: float) -> Tensor:
-    return (weight - found.values(found.nibbles(weight))).abs().pow(power).sum(dim=-1)
+def squared_error(weight: Tensor, found: grid.Grid, importance: Tensor | None = None) -> Tensor:
+    error = (weight - found.values(found.nibbles(weight))).square()
+    return (error if importance is None else error * importance).sum(dim=-1)
 
 
+@pytest.mark.parametrize("weighed", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_hqq_is_never_worse_than_plain_rounding_and_clearly_better_on_the_whole(symmetric: bool) -> None:
+def test_a_fit_is_never_worse_than_plain_rounding_and_clearly_better_on_the_whole(symmetric: bool, weighed: bool) -> None:
     weight = normal_groups()
-    plain, fitted = grid.range_grid(weight, symmetric=symmetric), fitted_grid(weight, symmetric=symmetric)
-    power = SYMMETRIC_POWER if symmetric else POWER
-    before, after = lp_error(weight, plain, power), lp_error(weight, fitted, power)
+    importance = torch.rand(4, 32, generator=torch.Generator().manual_seed(4)) if weighed else None
+    plain = grid.range_grid(weight, symmetric=symmetric)
+    fitted = fitted_grid(weight, symmetric=symmetric, importance=importance)
+    before, after = squared_error(weight, plain, importance), squared_error(weight, fitted, importance)
     assert (after <= before).all()
     assert after.sum() < 0.95 * before.sum()
     assert torch.equal(fitted.scale, fitted.scale.bfloat16().float())
@@ -166,7 +169,7 @@ def test_gptq_on_independent_inputs_is_nearest_rounding() -> None:
     groups = normal_groups()
     start = fitted_grid(groups, symmetric=True)
     found, nibbles = gptq(groups.flatten(1), curvature(torch.eye(128)), start)
-    again = lp_error(groups, start, 2).sum()
+    again = squared_error(groups, start).sum()
     error = (groups - found.values(nibbles)).square().sum()
     assert error <= again * 1.0001
     assert (nibbles == start.nibbles(groups)).float().mean() > 0.9

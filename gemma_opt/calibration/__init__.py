@@ -5,7 +5,7 @@ which outputs matter, `store` keeps finished layers for a build that was interru
 order, so that the same data gives the same model to the bit.
 """
 
-from gemma_opt.calibration.samples import Sample, draw_samples, sources_identity
+from gemma_opt.calibration.samples import Sample, draw_samples, random_samples, sources_identity
 from gemma_opt.calibration.sensitivity import Sensitivity, measure_sensitivity
 from gemma_opt.calibration.store import CalibrationData, Store
 from gemma_opt.calibration.walk import Block, Moments, walk_layers
@@ -19,6 +19,7 @@ __all__ = [
     "Store",
     "draw_samples",
     "measure_sensitivity",
+    "random_samples",
     "sources_identity",
     "walk_layers",
 ]

@@ -31,6 +31,7 @@ from gemma_opt.prompt import PromptEncoder, Turn, parse_messages, single_turn
 from gemma_opt.recipe import Calibration
 
 CHARTS = "charts"
+RANDOM_WINDOWS, RANDOM_TOKENS = 4, 256
 _CONTEXT = 131_072  # samples are cut to the window here; the encoder's own limit would only refuse
 
 
@@ -63,6 +64,20 @@ def draw_samples(section: Calibration, processing: Processing, key: str = "calib
             f"{sum(taken)} ({held}). Give more text, or set {key.partition('.')[0]}.windows lower"
         )
     return tuple(draw() for offer, count in zip(offers, taken, strict=True) for draw in offer[:count])
+
+
+def random_samples(vocabulary: int, begin: int, reserved: int) -> tuple[Sample, ...]:
+    """Windows of random tokens, always the same: for formats that look at inputs where no data is given.
+
+    Channels that are large for any token are large here too, which is what smoothing and the weighing of int4 groups ask.
+    vocabulary: how many tokens there are; begin: the token that every window starts with; reserved: one that never comes (a
+    picture's, without a picture).
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(vocabulary, (RANDOM_WINDOWS, RANDOM_TOKENS), generator=generator)
+    drawn = drawn.masked_fill(drawn == reserved, begin)
+    drawn[:, 0] = begin
+    return tuple(Sample(row[None]) for row in drawn)
 
 
 def sources_identity(section: Calibration, key: str = "calibration.source") -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The formats that measure the model on data, one decoder layer at a time: static scales, smoothing, GPTQ.
+"""The formats that measure what linears receive, one decoder layer at a time: static scales, smoothing, fitted int4, GPTQ.
 
 Every linear is measured behind all that was quantized before it, inside its own layer too. A finished layer is kept in the
 store, and a build that was interrupted goes on from there. Scales are part of the checkpoint: the data is never needed again.
@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from functools import cached_property, singledispatch
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from gemma_opt.calibration import Block, CalibrationData, Moments, walk_layers
 from gemma_opt.errors import PlanError
 from gemma_opt.gemma import GemmaModel
 from gemma_opt.policy import Plan, PlanRow, Progress
-from gemma_opt.quantization import grid, hqq
-from gemma_opt.quantization.gptq import Curvature, curvature, gptq
+from gemma_opt.quantization import fit, grid
+from gemma_opt.quantization.gptq import DAMPING, Curvature, curvature, gptq
 from gemma_opt.quantization.handlers import (
     Tensors,
     bias_of,
@@ -27,10 +28,12 @@ from gemma_opt.quantization.handlers import (
     linear_of,
     round_weight_,
     weigh,
+    weigh_int4,
 )
 from gemma_opt.quantization.observers import Observed
+from gemma_opt.quantization.rows import fitted_fp8_rows
 from gemma_opt.quantization.smoothing import smooth_
-from gemma_opt.recipe import FLOATS, Fp8Static, Int4, Int8Dynamic, Int8DynamicInt4, Int8Static
+from gemma_opt.recipe import FLOATS, SMOOTHED, Fp8Dynamic, Fp8Static, Int4, Int8DynamicInt4, Int8Static
 
 
 class Step:
@@ -46,6 +49,19 @@ class Step:
         if moments.hessian is None:
             raise PlanError("a full Hessian is needed and was not measured")
         return curvature(moments.hessian)
+
+    @cached_property
+    def importance(self) -> Tensor:
+        """[in]: the Hessian's diagonal, damped as it is, without the rest."""
+        name = self.names[0]
+        squares, tokens = torch.zeros(()), 0
+        for inputs in self.block.inputs([name]):
+            x, counts = inputs[name]
+            square = x.float().square()
+            squares = squares.to(x.device) + (square if counts is None else square * counts).sum(dim=0)
+            tokens += len(x)
+        mean = squares / tokens
+        return mean + (DAMPING * mean.mean()).clamp(min=torch.finfo(mean.dtype).tiny)
 
     @cached_property
     def observed(self) -> Observed:
@@ -68,20 +84,41 @@ def weigh_measured(stored: object, weight: Tensor, step: Step) -> Tensors:
     return weigh(stored, weight)
 
 
-@weigh_measured.register(Int8Static | Fp8Static)
-def _(stored: Int8Static | Fp8Static, weight: Tensor, step: Step) -> Tensors:
-    scale = step.observed.scale(stored.observer, stored.activation)
-    return {**weigh(stored, weight), "input_scale": scale.to(weight.device)}
+@weigh_measured.register(Int8Static)
+def _(stored: Int8Static, weight: Tensor, step: Step) -> Tensors:
+    return {**weigh(stored, weight), "input_scale": _input_scale(stored, weight, step)}
+
+
+@weigh_measured.register(Fp8Dynamic)
+def _(stored: Fp8Dynamic, weight: Tensor, step: Step) -> Tensors:
+    if not stored.measures:
+        return weigh(stored, weight)
+    rows, scale = fitted_fp8_rows(weight, step.importance)
+    return {"weight": rows, "weight_scale": scale}
+
+
+@weigh_measured.register(Fp8Static)
+def _(stored: Fp8Static, weight: Tensor, step: Step) -> Tensors:
+    rows, scale = fitted_fp8_rows(weight, step.importance)
+    return {"weight": rows, "weight_scale": scale, "input_scale": _input_scale(stored, weight, step)}
 
 
 @weigh_measured.register(Int4 | Int8DynamicInt4)
 def _(stored: Int4 | Int8DynamicInt4, weight: Tensor, step: Step) -> Tensors:
-    groups = grid.grouped(weight, stored.group)
-    if stored.method != "gptq" or bool(grid.exact_grid(groups)[1].all()):
+    if stored.method == "rtn":
         return weigh(stored, weight)
+    if _is_on_grid(weight, stored.group):
+        return weigh(stored, weight)
+    if stored.method == "hqq":
+        return weigh_int4(stored, weight, step.importance)
+    groups = grid.grouped(weight, stored.group)
     importance = step.curvature.hessian.diagonal().unflatten(0, groups.shape[1:])
-    fitted = hqq.fitted_grid(groups, symmetric=stored.symmetric, importance=importance)
+    fitted = fit.fitted_grid(groups, symmetric=stored.symmetric, importance=importance)
     return int4_tensors(stored, *gptq(weight.float(), step.curvature, fitted))
+
+
+def _input_scale(stored: Int8Static | Fp8Static, weight: Tensor, step: Step) -> Tensor:
+    return step.observed.scale(stored.observer, stored.activation).to(weight.device)
 
 
 def in_decoder(model: nn.Module, plan: Plan) -> tuple[PlanRow, ...]:
@@ -127,8 +164,14 @@ def _restore_(model: nn.Module, layer: nn.Module, rows: dict[str, PlanRow], tens
 
 
 def _smooth_(model: nn.Module, block: Block, linears: list[PlanRow]) -> None:
-    """Smooth the inputs that any reader's format asks to. Last ones first: each changes weights before it."""
+    """Smooth the inputs that any reader's format asks to. Last ones first: each changes weights before it.
+
+    A layer that holds a quantization-aware linear is left alone: factors would move it off its grid.
+    """
     rows = {row.name: row for row in linears}
+    int4 = [(row, row.format.group) for row in linears if isinstance(row.format, Int4 | Int8DynamicInt4)]
+    if any(_is_on_grid(linear_at(model, row).weight, group) for row, group in int4):
+        return
     wanted = {
         tuple(names): max(alphas)
         for names in block.steps(list(rows))
@@ -142,5 +185,10 @@ def _smooth_(model: nn.Module, block: Block, linears: list[PlanRow]) -> None:
             smooth_(block.layer, {name: linear_at(model, rows[name]) for name in names}, found, alpha)
 
 
+def _is_on_grid(weight: Tensor, group: int) -> bool:
+    groups = grid.grouped(weight.detach(), group)
+    return all(bool(grid.exact_grid(some)[1].all()) for some in (groups[:16], groups))  # a few rows settle it for most
+
+
 def _alpha(row: PlanRow) -> float | None:
-    return row.format.smooth if isinstance(row.format, Int8Dynamic | Int8Static) else None
+    return row.format.smooth if isinstance(row.format, SMOOTHED) else None

@@ -59,22 +59,23 @@ def gptq(weight: Tensor, inputs: Curvature, grid: Grid) -> tuple[Grid, Tensor]:
 def _nibbles(weight: Tensor, inputs: Curvature, grid: Grid) -> Tensor:
     """One sweep over the columns. Returns float 0..15 [out, groups, group]."""
     order, upper, group = inputs.order, inputs.upper, weight.shape[1] // grid.scale.shape[1]
-    moved, frozen, steps = weight[:, order], weight[:, order] == 0, torch.zeros_like(weight)
-    scale, zero = (values.repeat_interleave(group, dim=1)[:, order] for values in (grid.scale, grid.zero))
-    for start in range(0, weight.shape[1], BLOCK):
-        stop = min(start + BLOCK, weight.shape[1])
-        errors = torch.zeros_like(moved[:, start:stop])
+    moved = weight.T[order].contiguous()  # [in, out]: a column of the weight lies together, which is several times faster
+    frozen, steps = moved == 0, torch.empty_like(moved)
+    scale, zero = (values.T.repeat_interleave(group, dim=0)[order] for values in (grid.scale, grid.zero))
+    for start in range(0, len(moved), BLOCK):
+        stop = min(start + BLOCK, len(moved))
+        errors = torch.empty_like(moved[start:stop])
         for column in range(start, stop):
-            exact, step = moved[:, column], scale[:, column]
-            nibble = (exact / step + zero[:, column]).round_().clamp_(0, LEVELS - 1)
-            nibble = torch.where(frozen[:, column], zero[:, column], nibble)
-            error = (exact - (nibble - zero[:, column]) * step) / upper[column, column]
-            moved[:, column:stop] -= error[:, None] * upper[column, column:stop]
-            steps[:, column], errors[:, column - start] = nibble, error
-        moved[:, stop:] -= errors @ upper[start:stop, stop:]
+            exact, step, middle = moved[column], scale[column], zero[column]
+            nibble = (exact / step + middle).round_().clamp_(0, LEVELS - 1)
+            nibble = torch.where(frozen[column], middle, nibble)
+            error = (exact - (nibble - middle) * step) / upper[column, column]
+            moved[column + 1 : stop].addcmul_(upper[column, column + 1 : stop, None], error, value=-1)
+            steps[column], errors[column - start] = nibble, error
+        moved[stop:] -= upper[start:stop, stop:].T @ errors
     found = torch.empty_like(steps)
-    found[:, order] = steps
-    return found.unflatten(1, (-1, group))
+    found[order] = steps
+    return found.T.contiguous().unflatten(1, (-1, group))
 
 
 def _refitted(weight: Tensor, hessian: Tensor, grid: Grid, nibbles: Tensor) -> Grid:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gemma_opt import layout
 from gemma_opt.errors import PlanError
 from gemma_opt.policy import PlanRow, planned_weights
-from gemma_opt.quantization import grid, hqq
+from gemma_opt.quantization import fit, grid
 from gemma_opt.quantization.linear import Fp8Linear, Int4Linear, Int8Linear, QuantizedLinear
 from gemma_opt.quantization.rows import fp8_rows, int8_rows
 from gemma_opt.recipe import (
@@ -89,15 +89,26 @@ def _(stored: Fp8 | Fp8Dynamic | Fp8Static, weight: Tensor) -> Tensors:
 
 @weigh.register(Int4 | Int8DynamicInt4)
 def _(stored: Int4 | Int8DynamicInt4, weight: Tensor) -> Tensors:
-    """By blocks of rows. Groups that lie on a grid already (quantization-aware checkpoints) keep it."""
-    blocks = [_int4_rows(stored, rows) for rows in weight.split(_INT4_ROWS)]
+    return weigh_int4(stored, weight)
+
+
+def weigh_int4(stored: Int4 | Int8DynamicInt4, weight: Tensor, importance: Tensor | None = None) -> Tensors:
+    """By blocks of rows. Groups that lie on a grid already (quantization-aware checkpoints) keep it.
+
+    importance: [in], how much the square of an error counts in each column; None: all alike.
+    """
+    blocks = [_int4_rows(stored, rows, importance) for rows in weight.split(_INT4_ROWS)]
     return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def _int4_rows(stored: Int4 | Int8DynamicInt4, weight: Tensor) -> Tensors:
+def _int4_rows(stored: Int4 | Int8DynamicInt4, weight: Tensor, importance: Tensor | None) -> Tensors:
     groups = grid.grouped(weight, stored.group)
-    fit = grid.range_grid if stored.method == "rtn" else hqq.fitted_grid
-    found = grid.prefer_exact(groups, fit(groups, symmetric=stored.symmetric), symmetric=stored.symmetric)
+    if stored.method == "rtn":
+        found = grid.range_grid(groups, symmetric=stored.symmetric)
+    else:
+        counts = None if importance is None else importance.unflatten(0, groups.shape[1:])
+        found = fit.fitted_grid(groups, symmetric=stored.symmetric, importance=counts)
+    found = grid.prefer_exact(groups, found, symmetric=stored.symmetric)
     return int4_tensors(stored, found, found.nibbles(groups))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gemma_opt.errors import PlanError
 from gemma_opt.quantization.activations import FLOOR, FP8, FP8_MAX
 
+_PARTS = 8  # of an octave
 _ROWS = 16_384  # rows that torchao quantizes at once: it needs several float copies
 
 
@@ -24,7 +25,36 @@ def fp8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     weight = weight.float()
     scale = weight.abs().amax(dim=1).clamp(min=FLOOR) / FP8_MAX
-    return (weight / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+    return _fp8(weight, scale), scale
+
+
+def fitted_fp8_rows(weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with that one of eight scales within an octave, for each row, that costs least.
+
+    importance: [in], how much the square of an error counts in each column. Where weights lie between two powers of two
+    decides how finely e4m3 resolves them.
+    """
+    weight = weight.float()
+    rows, finest = fp8_rows(weight)
+    scale = finest
+    least = _cost(weight, rows, scale, importance)
+    for part in range(1, _PARTS):
+        tried = finest * 2 ** (part / _PARTS)
+        candidate = _fp8(weight, tried)
+        cost = _cost(weight, candidate, tried, importance)
+        better = cost < least
+        rows, scale = torch.where(better[:, None], candidate.float(), rows.float()).to(FP8), torch.where(better, tried, scale)
+        least = torch.where(better, cost, least)
+    return rows, scale
+
+
+def _fp8(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def _cost(weight: Tensor, rows: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
+    """[out]."""
+    return (rows.float() * scale[:, None] - weight).square() @ importance
 
 
 def _int8_block(block: Tensor) -> tuple[Tensor, Tensor]:

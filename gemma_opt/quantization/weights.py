@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gemma_opt import layout
-from gemma_opt.calibration import CalibrationData
+from gemma_opt.calibration import CalibrationData, Store, random_samples
 from gemma_opt.errors import PlanError, WeightsError
+from gemma_opt.gemma import GemmaModel
 from gemma_opt.policy import Plan, PlanRow, Progress, planned_weights, quiet
 from gemma_opt.quantization.calibrated import in_decoder, quantize_layers_
 from gemma_opt.quantization.handlers import bias_of, empty_linear, linear_at, linear_of, round_weight_, weigh
@@ -43,13 +44,15 @@ def sanitize_(model: nn.Module) -> None:
 def quantize_(model: nn.Module, plan: Plan, progress: Progress = quiet, data: CalibrationData | None = None) -> None:
     """Bring every planned weight into its format: linears become `QuantizedLinear`s, an int8 table serves its tied head too.
 
-    Needs the memory of one more layer in float32. Zeros stay exactly zero. data: for formats with `needs_data`. Raises
-    WeightsError for weights that are unusable or overflow their format, and PlanError where the model is not, or did not
-    become, the planned one.
+    Needs the memory of one more layer in float32. Zeros stay exactly zero. data: for formats with `needs_data`; those that
+    only measure take random tokens where it is None. Raises WeightsError for weights that are unusable or overflow their
+    format, and PlanError where the model is not, or did not become, the planned one.
     """
     sanitize_(model)
     _refuse_overflow(planned_weights(model, plan.rows), plan)
     later = _walked(model, plan, data)
+    if later and data is None:
+        data = _random_data(cast(GemmaModel, model))
     now = [row for row in plan.rows if row.name not in later]
     for done, row in enumerate(now, start=1):
         if isinstance(row.format, FLOATS):
@@ -67,16 +70,23 @@ def quantize_(model: nn.Module, plan: Plan, progress: Progress = quiet, data: Ca
 
 
 def _walked(model: nn.Module, plan: Plan, data: CalibrationData | None) -> set[str]:
-    """Names of the linears that are quantized layer by layer: all of the decoder's, where any format needs data."""
+    """Names of the linears that are quantized layer by layer: all of the decoder's, where a format of theirs measures."""
     needing = [row for row in plan.rows if row.format.needs_data]
-    if not needing:
-        return set()
-    if data is None:
+    if needing and data is None:
         raise PlanError(f"{needing[0].format} needs calibration data, and the pipeline was given none")
-    walked = {row.name for row in in_decoder(model, plan)}
+    if not any(row.format.measures for row in plan.rows):
+        return set()
+    decoder = in_decoder(model, plan)
+    walked = {row.name for row in decoder} if any(row.format.measures for row in decoder) else set[str]()
     if elsewhere := [row.name for row in needing if row.name not in walked]:
         raise PlanError("formats that need data are measured in decoder layers only:\n  " + "\n  ".join(elsewhere))
     return walked
+
+
+def _random_data(model: GemmaModel) -> CalibrationData:
+    config = model.config.get_text_config()
+    image_token = getattr(model.config, "image_token_id", -1)
+    return CalibrationData(random_samples(config.vocab_size, config.bos_token_id, image_token), Store())
 
 
 def roundings(plan: Plan) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -9,6 +9,7 @@ from gemma_opt.recipe.execution import Compile, EngineSection
 from gemma_opt.recipe.formats import (
     FLOATS,
     FP8_FORMATS,
+    SMOOTHED,
     Activation,
     Bf16,
     Fp8,
@@ -48,6 +49,7 @@ from gemma_opt.recipe.training import Distill, LowRank
 __all__ = [
     "FLOATS",
     "FP8_FORMATS",
+    "SMOOTHED",
     "TEXT_ROLES",
     "Activation",
     "BaseModelSection",

@@ -22,11 +22,16 @@ Smooth = Annotated[
 class _Format(Section):
     """One stored format. In YAML its name alone (`int8`), or with options: `{format: int4, group: 32}`.
 
-    needs_data: the recipe must have a calibration section. activation: what happens to the input before the product.
-    str(): what tables show.
+    measures: in decoder layers it looks at what the linear receives; without a calibration section that is random tokens.
+    needs_data: it measures, and random tokens will not do: the recipe must have that section. activation: what happens to the
+    input before the product. str(): what tables show.
     """
 
     activation: ClassVar[Activation] = "none"
+
+    @property
+    def measures(self) -> bool:
+        return self.needs_data
 
     @property
     def needs_data(self) -> bool:
@@ -65,44 +70,55 @@ class Int8(_Format):
     format: Literal["int8"] = "int8"
 
 
-class Int8Dynamic(_Format):
-    """int8 rows, and int8 inputs with one scale a token, found when it comes. smooth: needs data; None leaves it out."""
+class _Smoothed(_Format):
+    """Weights and inputs of a layer share their unevenness before they are rounded. smooth: None leaves that out."""
+
+    smooth: Smooth | None = 0.5
+
+    @property
+    def measures(self) -> bool:
+        return self.needs_data or self.smooth is not None
+
+
+class Int8Dynamic(_Smoothed):
+    """int8 rows, and int8 inputs with one scale a token, found when it comes."""
 
     activation: ClassVar[Activation] = "int8_dynamic"
 
     format: Literal["int8_dynamic"] = "int8_dynamic"
-    smooth: Smooth | None = None
-
-    @property
-    def needs_data(self) -> bool:
-        return self.smooth is not None
 
 
-class Int8Static(_Format):
+class Int8Static(_Smoothed):
     """int8 rows, and int8 inputs with one scale for all tokens, calibrated once and stored."""
 
     activation: ClassVar[Activation] = "int8_static"
 
     format: Literal["int8_static"] = "int8_static"
     observer: Observer = "mse"
-    smooth: Smooth | None = 0.5
+    smooth: Smooth | None = 0.65
 
     @property
     def needs_data(self) -> bool:
         return True
 
 
-class Int4Weights(_Format):
+class Int4Weights(_Smoothed):
     """4-bit numbers from 0 to 15, two in a byte, one bfloat16 scale for every `group` neighbours of a row.
 
     symmetric: zero is always stored as 8; else every group has a zero point of its own, from 0 to 15. method: how they are
-    chosen: rtn takes the nearest step of the finest grid that reaches all weights; hqq fits the grid to the weights; gptq
-    does too, and lets later columns make up for the rounding of earlier ones, as calibration data weighs it.
+    chosen: rtn takes the nearest step of the finest grid that reaches all weights; hqq fits the grid to the weights, in
+    decoder layers as the inputs they meet weigh them; gptq does too, and lets later columns make up for the rounding of
+    earlier ones, as calibration data weighs it. smooth: takes the inputs' large channels into the weights, so that groups
+    follow what counts (the idea of AWQ, Lin et al. 2023, arXiv:2306.00978); weights that lie on an int4 grid are left alone.
     """
 
     group: Literal[32, 64, 128] = 32
     symmetric: bool = False
     method: Literal["rtn", "hqq", "gptq"] = "hqq"
+
+    @property
+    def measures(self) -> bool:
+        return super().measures or self.method != "rtn"
 
     @property
     def needs_data(self) -> bool:
@@ -132,7 +148,7 @@ class Fp8(_Format):
     format: Literal["fp8"] = "fp8"
 
 
-class Fp8Dynamic(_Format):
+class Fp8Dynamic(_Smoothed):
     """e4m3 rows, and e4m3 inputs with one scale a token, found when it comes."""
 
     activation: ClassVar[Activation] = "fp8_dynamic"
@@ -140,13 +156,14 @@ class Fp8Dynamic(_Format):
     format: Literal["fp8_dynamic"] = "fp8_dynamic"
 
 
-class Fp8Static(_Format):
+class Fp8Static(_Smoothed):
     """e4m3 rows, and e4m3 inputs with one scale for all tokens, calibrated once and stored."""
 
     activation: ClassVar[Activation] = "fp8_static"
 
     format: Literal["fp8_static"] = "fp8_static"
     observer: Observer = "absmax"
+    smooth: Smooth | None = 0.65
 
     @property
     def needs_data(self) -> bool:
@@ -165,6 +182,7 @@ def _long_form(value: object) -> object:
 
 _TAG = Field(discriminator="format")
 FLOATS = (Fp32, Bf16, Fp16)
+SMOOTHED = (Int8Dynamic, Int8Static, Int4, Int8DynamicInt4, Fp8Dynamic, Fp8Static)
 FP8_FORMATS = (Fp8, Fp8Dynamic, Fp8Static)
 FloatFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16, _TAG], BeforeValidator(_long_form)]
 TableFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16 | Int8, _TAG], BeforeValidator(_long_form)]

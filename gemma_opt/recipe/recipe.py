@@ -90,8 +90,11 @@ class Recipe(Section):
         if self.distill.precision == "float32" and self.model.dtype != "float32":
             raise ValueError("distill: precision float32 needs model.dtype float32")
         formats = self.quantization.formats().values()
-        if self.distill.quantized and (measured := sorted({str(stored) for stored in formats if stored.needs_data})):
-            raise ValueError(f"distill: quantized rounds by the weights alone, and {', '.join(measured)} measure data")
+        if self.distill.quantized and (measured := sorted({str(stored) for stored in formats if stored.measures})):
+            raise ValueError(
+                f"distill: quantized rounds by the weights alone, and {', '.join(measured)} measure their inputs: "
+                "set `smooth: null`, and for int4 `method: rtn`"
+            )
         if self.distill.quantized and all(isinstance(stored, (*FLOATS, Tied)) for stored in formats):
             raise ValueError("distill: quantized, and the quantization section has float formats only")
         if self.distill.steps < self.recovery_phases:
@@ -105,12 +108,12 @@ class Recipe(Section):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a stage or a format reads the calibration section."""
+        """Whether a stage or a format reads the calibration section: it must, or it can and there is one."""
         formats = self.quantization.formats().values()
         return (
             any(stage.needs_data for stage in self.sparsity)
             or any(section.whiten for section in self.lowrank)
-            or any(stored.needs_data for stored in formats)
+            or any(stored.needs_data or (stored.measures and self.calibration is not None) for stored in formats)
         )
 
     @property

@@ -25,7 +25,7 @@ class BaseModelSection(Section):
 
 
 class Calibration(Section):
-    """The data on which methods with `needs_data` measure what matters.
+    """The data on which methods with `needs_data`, and formats with `measures`, find out what matters.
 
     source: text files, JSONL files with pictures (`gemma_opt.calibration` describes both), or "charts", the built-in picture
     task; every source gives an equal share of the windows. seed: which windows.

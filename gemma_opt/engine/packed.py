@@ -84,8 +84,8 @@ class Int4Halves:
     """The weights of `Int4Rows` in the order that GPU kernels read: two runs of columns in the nibbles of one run of bytes.
 
     packed: uint8 [out, blocks · half]; of each block of 2 · half columns, byte j holds column j in its low nibble and column
-    half + j in its high one. steps: int32 [groups, out], two bfloat16 numbers: 128 + zero point above the scale. Columns
-    beyond in_features, which fill the last block up, have the scale 0.
+    half + j in its high one. steps: int32 [groups, out], two bfloat16 numbers: 128 + zero point above the scale; that
+    is a byte a group more than in a checkpoint. Columns beyond in_features, which fill the last block up, have the scale 0.
     """
 
     packed: Tensor

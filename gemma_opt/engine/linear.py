@@ -28,7 +28,7 @@ def _(packed: FloatRows, x: Tensor) -> Tensor:
 @linear.register(Int8Rows)
 @linear.register(Fp8Rows)
 def _(packed: Int8Rows | Fp8Rows, x: Tensor) -> Tensor:
-    return (functional.linear(x, packed.weight.to(x.dtype)) * packed.scale).to(x.dtype)
+    return functional.linear(x, packed.weight.to(x.dtype)).mul_(packed.scale)
 
 
 @linear.register(Int4Rows)

@@ -95,8 +95,8 @@ class RowsLinear(QuantizedLinear):
         return self.weight.shape[0]
 
     def product(self, x: Tensor) -> Tensor:
-        """x · dequantized weightᵀ. Only the product is rounded to x's dtype; scales are applied in float32."""
-        return functional.linear(x, self.weight.to(x.dtype)) * self.weight_scale
+        """x · dequantized weightᵀ. Only the product and the result are rounded to x's dtype; scales are applied in float32."""
+        return functional.linear(x, self.weight.to(x.dtype)).mul_(self.weight_scale)
 
     def dequantize(self) -> Tensor:
         """The weight as float32 [out, in]."""

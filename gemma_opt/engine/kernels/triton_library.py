@@ -21,5 +21,5 @@ def multiply_by_library(matrix: Matrix, x: Tensor) -> Tensor:
     rows = max(1, PIECE_BYTES // (matrix.in_features * x.element_size()))
     for begin in range(0, matrix.out_features, rows):
         piece = slice(begin, begin + rows)
-        out[:, piece] = functional.linear(x, matrix.weight[piece].to(x.dtype)) * matrix.scale[piece]
+        out[:, piece] = functional.linear(x, matrix.weight[piece].to(x.dtype)).mul_(matrix.scale[piece])
     return out

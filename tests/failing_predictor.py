@@ -13,7 +13,7 @@ class Predictor(predict.Predictor):
         ready = self.service.ready
         assert ready.processing.processor is not None
         ready.processing.processor.image_processor = None
-        TextModel.prefill = _fail
+        TextModel.embed = _fail
 
 
 def _fail(model: TextModel, *args: object) -> None:

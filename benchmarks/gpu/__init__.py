@@ -1,1 +1,1 @@
-"""What a GPU session measures: `python -m benchmarks.gpu STAGE`; see benchmarks/README.md."""
+"""What is measured on a GPU machine: `python -m benchmarks.gpu STAGE`; see benchmarks/README.md."""

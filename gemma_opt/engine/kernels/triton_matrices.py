@@ -53,8 +53,8 @@ def linears_of(weights: TextWeights) -> list[PackedLinear]:
 
 def uses_of(weights: TextWeights) -> list[tuple[Matrix, bool]]:
     """Every matrix that kernels multiply with in a step, and whether the product is gated."""
-    gated = {id(layer.gate_up) for layer in weights.layers}
-    found = ((matrix_of(part), id(packed) in gated) for packed in linears_of(weights) for part in parts_of(packed))
+    gated = {id(layer.gate_up) for layer in weights.layers}  # parts of a stack are multiplied apart, not gated
+    found = ((matrix_of(part), id(part) in gated) for packed in linears_of(weights) for part in parts_of(packed))
     return [(matrix, is_gated) for matrix, is_gated in found if matrix]
 
 

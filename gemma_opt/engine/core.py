@@ -28,7 +28,7 @@ from gemma_opt.engine.kernels import arrangement
 from gemma_opt.engine.lookup import PromptLookup
 from gemma_opt.engine.pictures import Encode, PictureCache, picture_encoder
 from gemma_opt.engine.prefixes import Cut, Prefixes, cuts_of
-from gemma_opt.engine.queueing import EngineThread, QueuedGeneration, warm_up
+from gemma_opt.engine.queueing import OUT_OF_MEMORY, EngineThread, QueuedGeneration, warm_up
 from gemma_opt.engine.scheduler import Chunk, Scheduler, Span, chunk_ends
 from gemma_opt.engine.weights import take_weights
 from gemma_opt.errors import CompileError, EngineError, GemmaOptError, InputError, PromptTooLong
@@ -37,7 +37,6 @@ from gemma_opt.recipe import Compile, EngineSection
 
 log = logging.getLogger(__name__)
 
-OUT_OF_MEMORY = "out of GPU memory for this request: send a shorter prompt or fewer pictures"
 COST_ROUNDS = 5  # timings of which the best counts
 
 
@@ -266,9 +265,7 @@ class _Runner:
             try:
                 self._read(reply, chunk)
             except torch.OutOfMemoryError:
-                self._end(
-                    reply, error=EngineError("out of GPU memory for this request: send a shorter prompt or fewer pictures")
-                )
+                self._end(reply, error=EngineError(OUT_OF_MEMORY))
             except TorchDynamoException as error:
                 log.error("compilation failed", exc_info=error)
                 self._end(reply, error=CompileError("a compile target of the recipe could not be compiled; see the log"))

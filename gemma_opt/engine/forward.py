@@ -101,8 +101,10 @@ class TextModel:
         """
         reach = torch.arange(pictures.shape[0], device=positions.device)
         query, own = positions[:, None], pictures[positions][:, None]
-        seen = (reach <= query) | ((own > 0) & (own == pictures))
-        return {False: seen, True: seen & (reach > query - self.cache.window)}
+        same_picture = (own > 0) & (own == pictures)
+        return {
+            sliding: _seen(query, reach, same_picture, window) for sliding, window in ((True, self.cache.window), (False, None))
+        }
 
     def _prefill_with_torch(
         self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, masks: Mapping[bool, Tensor]
@@ -211,13 +213,16 @@ def _block(x: Tensor, layer: LayerWeights, shape: TextShape, rotation: Rotation,
 
 
 def _chunk_mask(start: int, end: int, history: int, spans: Sequence[Span], window: int | None, device: torch.device) -> Tensor:
-    """bool [end − start, end − history]: which positions from `history` on each token of the chunk sees.
-
-    Those up to its own, and all of its own picture; in sliding layers none further back than the window.
-    """
+    """bool [end − start, end − history]: which positions from `history` on each token of the chunk sees."""
     query = torch.arange(start, end, device=device)[:, None]
     key = torch.arange(history, end, device=device)[None]
-    seen = key <= query
+    same_picture = torch.zeros(end - start, end - history, dtype=torch.bool, device=device)
     for begin, stop in spans:
-        seen |= (query >= begin) & (query < stop) & (key >= begin) & (key < stop)
+        same_picture |= (query >= begin) & (query < stop) & (key >= begin) & (key < stop)
+    return _seen(query, key, same_picture, window)
+
+
+def _seen(query: Tensor, key: Tensor, same_picture: Tensor, window: int | None) -> Tensor:
+    """Those up to its own, and all of its own picture; in sliding layers none further back than the window."""
+    seen = (key <= query) | same_picture
     return seen if window is None else seen & (key > query - window)

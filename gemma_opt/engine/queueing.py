@@ -19,6 +19,7 @@ from gemma_opt.errors import EngineClosed, EngineError, GemmaOptError, Generatio
 
 log = logging.getLogger(__name__)
 
+OUT_OF_MEMORY = "out of GPU memory for this request: send a shorter prompt or fewer pictures"
 POLL_S = 0.05  # Cog delivers a cancel at the next bytecode: no wait may block longer than this
 
 

@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from gemma_opt.engine.batch import Batch
 from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
 from gemma_opt.engine.interface import EngineRequest, FinishReason
-from gemma_opt.engine.queueing import EngineThread, QueuedGeneration, warm_up
+from gemma_opt.engine.queueing import OUT_OF_MEMORY, EngineThread, QueuedGeneration, warm_up
 from gemma_opt.errors import CompileError, EngineError, PromptTooLong
 from gemma_opt.gemma import GemmaModel, stop_token_ids, weights_device
 from gemma_opt.recipe import Compile, EngineSection
@@ -104,7 +104,7 @@ class _Server:
             else:
                 generation.end_early()
         except torch.OutOfMemoryError:
-            generation.end(error=EngineError("out of GPU memory for this request: send a shorter prompt or fewer pictures"))
+            generation.end(error=EngineError(OUT_OF_MEMORY))
         except TorchDynamoException as error:
             log.error("compilation failed", exc_info=error)
             generation.end(error=CompileError("a compile target of the recipe could not be compiled; the log has the reason"))

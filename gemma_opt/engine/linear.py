@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gemma_opt.engine.packed import FloatRows, Fp8Rows, Int4Halves, Int4Rows, Int8Rows, ModuleRows, PackedLinear, Stacked
+from gemma_opt.engine.packed import (
+    FloatRows,
+    Fp8Rows,
+    GridInput,
+    Int4Halves,
+    Int4Rows,
+    Int8Rows,
+    LowRankRows,
+    PackedLinear,
+    Stacked,
+)
+from gemma_opt.quantization import quantize_input
 
 
 @singledispatch
@@ -38,8 +49,15 @@ def _(packed: Int4Rows | Int4Halves, x: Tensor) -> Tensor:
 
 
 @linear.register
-def _(packed: ModuleRows, x: Tensor) -> Tensor:
-    return packed.module(x)
+def _(packed: GridInput, x: Tensor) -> Tensor:
+    steps, scale = quantize_input(x, packed.activation, packed.input_scale)
+    y = linear(packed.rows, steps)
+    return y if scale is None else (y * scale).to(x.dtype)
+
+
+@linear.register
+def _(packed: LowRankRows, x: Tensor) -> Tensor:
+    return linear(packed.left, linear(packed.right, x))
 
 
 @linear.register

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+
+from gemma_opt.recipe import Activation
 
 HALVES = (128, 64, 32)  # bytes of a block of Int4Halves: as long as fits, for wide loads
 
@@ -122,15 +124,33 @@ class Int4Halves:
 
 
 @dataclass(frozen=True)
-class ModuleRows:
-    """A linear of a format without a packed form here (quantized inputs, low rank): its own module computes it."""
+class GridInput:
+    """y = rows(steps) · scale, where steps · scale is x on the grid of an activation format; see `quantize_input`.
 
-    module: nn.Module
+    input_scale: float32 [], measured once; None: a scale for each token.
+    """
+
+    rows: Int8Rows | Fp8Rows | Int4Rows | Int4Halves
+    activation: Activation
+    input_scale: Tensor | None
 
     @property
     def out_features(self) -> int:
         """Length of y."""
-        return int(getattr(self.module, "out_features"))  # noqa: B009 every linear of this package has it
+        return self.rows.out_features
+
+
+@dataclass(frozen=True)
+class LowRankRows:
+    """y = left(right(x))."""
+
+    left: PackedLinear
+    right: PackedLinear
+
+    @property
+    def out_features(self) -> int:
+        """Length of y."""
+        return self.left.out_features
 
 
 @dataclass(frozen=True)
@@ -145,7 +165,7 @@ class Stacked:
         return sum(part.out_features for part in self.parts)
 
 
-PackedLinear = FloatRows | Int8Rows | Fp8Rows | Int4Rows | Int4Halves | ModuleRows | Stacked
+PackedLinear = FloatRows | Int8Rows | Fp8Rows | Int4Rows | Int4Halves | GridInput | LowRankRows | Stacked
 Arrange = Callable[[PackedLinear], PackedLinear]
 """Puts a packed linear into the order that a device's kernels read."""
 
@@ -160,13 +180,22 @@ def pack_rows(parts: Sequence[PackedLinear]) -> PackedLinear:
     first = parts[0]
     if len(parts) == 1:
         return first
-    if isinstance(first, Stacked) or any(_layout(part) != _layout(first) for part in parts):
+    if any(_layout(part) != _layout(first) for part in parts):
         return Stacked(tuple(parts))
+    if isinstance(first, GridInput):
+        return replace(first, rows=pack_rows([part.rows for part in parts if isinstance(part, GridInput)]))
     tensors = [name for name, value in vars(first).items() if isinstance(value, Tensor)]
     return replace(first, **{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})
 
 
-def _layout(part: PackedLinear) -> tuple[object, ...]:
+def _layout(part: PackedLinear) -> object:
     """Everything but the number of rows: parts of one layout can be put on top of each other."""
-    fields = ((value.dtype, value.shape[1:]) if isinstance(value, Tensor) else value for value in vars(part).values())
-    return type(part), *fields
+    match part:
+        case LowRankRows() | Stacked():
+            return id(part)
+        case GridInput():
+            scale = None if part.input_scale is None else float(part.input_scale)
+            return part.activation, scale, _layout(part.rows)
+        case _:
+            fields = vars(part).values()
+            return type(part), *((field.dtype, field.shape[1:]) if isinstance(field, Tensor) else field for field in fields)

@@ -17,16 +17,18 @@ from gemma_opt.engine.packed import (
     Arrange,
     FloatRows,
     Fp8Rows,
+    GridInput,
     Int4Rows,
     Int8Rows,
-    ModuleRows,
+    LowRankRows,
     PackedLinear,
     as_they_are,
     pack_rows,
 )
 from gemma_opt.errors import EngineError
 from gemma_opt.gemma import GemmaModel, text_layers
-from gemma_opt.quantization.linear import Fp8Linear, Int4Linear, Int8Linear
+from gemma_opt.lowrank import LowRankLinear
+from gemma_opt.quantization.linear import Fp8Linear, Int4Linear, Int8Linear, QuantizedLinear
 from gemma_opt.quantization.table import Int8Embedding, Int8Head
 
 
@@ -146,12 +148,12 @@ def _take_layer(layer: nn.Module, arrange: Arrange, *, sliding: bool) -> LayerWe
 def _pack_checked(name: str, module: nn.Module) -> PackedLinear:
     if getattr(module, "bias", None) is not None:
         raise EngineError(f"{name}: Gemma 3 linears have no bias, and this one has")
-    return ModuleRows(module) if getattr(module, "activation", "none") != "none" else _pack_one(module)
+    return _pack_one(module)
 
 
 @singledispatch
 def _pack_one(module: nn.Module) -> PackedLinear:
-    return ModuleRows(module)
+    raise EngineError(f"this engine does not know a {type(module).__name__}")
 
 
 @_pack_one.register(nn.Linear)
@@ -160,21 +162,34 @@ def _(module: nn.Linear | nn.Embedding) -> PackedLinear:
     return FloatRows(module.weight.detach())
 
 
-@_pack_one.register(Int8Linear)
 @_pack_one.register(Int8Embedding)
 @_pack_one.register(Int8Head)
-def _(module: Int8Linear | Int8Embedding | Int8Head) -> PackedLinear:
+def _(module: Int8Embedding | Int8Head) -> PackedLinear:
     return Int8Rows(module.weight, module.weight_scale)
 
 
 @_pack_one.register
+def _(module: Int8Linear) -> PackedLinear:
+    return _with_grid(module, Int8Rows(module.weight, module.weight_scale))
+
+
+@_pack_one.register
 def _(module: Fp8Linear) -> PackedLinear:
-    return Fp8Rows(module.weight, module.weight_scale)
+    return _with_grid(module, Fp8Rows(module.weight, module.weight_scale))
 
 
 @_pack_one.register
 def _(module: Int4Linear) -> PackedLinear:
-    return Int4Rows(module.weight_packed, module.weight_scale, module.weight_zero)
+    return _with_grid(module, Int4Rows(module.weight_packed, module.weight_scale, module.weight_zero))
+
+
+@_pack_one.register
+def _(module: LowRankLinear) -> PackedLinear:
+    return LowRankRows(_pack_one(module.left), _pack_one(module.right))
+
+
+def _with_grid(module: QuantizedLinear, rows: Int8Rows | Fp8Rows | Int4Rows) -> PackedLinear:
+    return rows if module.activation == "none" else GridInput(rows, module.activation, module.input_scale)
 
 
 def _norm(module: nn.Module) -> Tensor:

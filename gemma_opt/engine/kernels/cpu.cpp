@@ -1,7 +1,8 @@
 // One decode step of a Gemma 3 text model on the CPU: every row's next logits in one call.
 //
-// Weights are read once for all rows; activations are float32 whatever the weights are, so int8 and int4 lose nothing but
-// their own rounding. A decode step is bound by memory bandwidth, and the arithmetic here keeps ahead of it.
+// Weights are read once for all rows; activations are float32 whatever the weights are, so int8, int4 and float8 lose nothing
+// but their own rounding. A decode step is bound by memory bandwidth, and the arithmetic here keeps ahead of it. Where a
+// recipe has inputs quantized, products with int8 ones are made in integers.
 //
 // Each output number is summed by one thread in one order, whatever the number of rows and threads: a row's result never
 // depends on its neighbours. Threads share a phase in small pieces, help each other, and meet at a spinning barrier.
@@ -12,6 +13,7 @@
 #include <omp.h>
 #include <sched.h>
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -22,7 +24,10 @@
 namespace {
 
 using simd::Bf16;
+using simd::Bytes;
+using simd::E4m3;
 using simd::Floats;
+using simd::Ints;
 using simd::kLanes;
 
 constexpr int64_t kMaxRows = 16;            // rows of one call
@@ -32,25 +37,33 @@ constexpr int64_t kPieces = 16;             // of a matrix for each thread, so t
 constexpr int64_t kAheadBytes = 8 << 10;    // weights are fetched so far before they are used
 constexpr int64_t kPanelBytes = 128 << 10;  // weights that pass over many rows from the second cache
 constexpr int64_t kRowGroup = 64;           // rows of activations a thread takes at a time where there are many
+constexpr int64_t kBytes = 64;              // in one vector
 constexpr int64_t kPairBlock = 32;          // columns whose even and odd members are separated for int4
 constexpr int64_t kNarrow = simd::kAccumulators < 16 ? 0 : 1024;  // columns of which 8 rows fit into the nearest cache
 constexpr int kSpins = 300;  // some microseconds; then the core is offered to whoever else wants it
 
 // The C interface: gemma_opt/engine/kernels/cpu.py mirrors these structures field by field.
 
-enum Format : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
+enum Format : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3, kFp8 = 4 };
+enum Grid : int32_t { kNoGrid = 0, kInt8Grid = 1, kFp8Grid = 2 };  // of the input
 
 struct Matrix {  // rows of `in` weights, one after another
   const void* data;
-  const void* scale;  // int8: float32 [out]; int4: bfloat16 [out, in / group]
+  const void* scale;  // int8, fp8: float32 [out]; int4: bfloat16 [out, in / group]
   const uint8_t* zero;  // int4: [out, in / group], or null where every zero point is 8
   int64_t out, in, group;
-  int64_t format;
+  int32_t format, grid;
+  float input_scale;  // of inputs on a grid; 0: every row has its own
+  float unused;
+};
+
+struct Linear {  // y = last · (first · x); most have no `first`, and its `out` is 0
+  Matrix last, first;
 };
 
 struct Layer {
   const float *input_norm, *query_norm, *key_norm, *post_attention_norm, *pre_mlp_norm, *post_mlp_norm;
-  Matrix query, key, value, o, gate, up, down;
+  Linear query, key, value, o, gate, up, down;
   void *keys, *values;  // [slots, kv_heads, length, head_dim]
   int64_t length, sliding;
 };
@@ -60,7 +73,8 @@ struct Model {
   float eps, attention_scale, embedding_scale, unused;
   const float *sliding_cos, *sliding_sin, *full_cos, *full_sin;  // [context, head_dim / 2]
   const float* final_norm;
-  Matrix table, head;
+  Matrix table;
+  Linear head;
   const Layer* layers;
 };
 
@@ -107,9 +121,9 @@ class Team {
 inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // out[r][o] = Σ_k x[r][k] · w[o][k], for R rows of activations and O rows of weights, k in steps of 16, then one by one.
-// ahead: how many bytes further on weights are fetched; 0 where another pass has done so.
+// stride: how far rows of x lie apart. ahead: how many bytes further on weights are fetched; 0 where another pass did so.
 template <class T, int R, int O>
-inline void dots(const T* w, const float* x, int64_t n, int64_t ahead, float (&out)[R][O]) {
+inline void dots(const T* w, const float* x, int64_t n, int64_t stride, int64_t ahead, float (&out)[R][O]) {
   Floats sums[R][O];
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < O; ++o) sums[r][o] = simd::splat(0.0f);
@@ -121,26 +135,71 @@ inline void dots(const T* w, const float* x, int64_t n, int64_t ahead, float (&o
     Floats weights[O];
     for (int o = 0; o < O; ++o) weights[o] = simd::load(w + o * n + k);
     for (int r = 0; r < R; ++r) {
-      const Floats inputs = simd::load(x + r * n + k);
+      const Floats inputs = simd::load(x + r * stride + k);
       for (int o = 0; o < O; ++o) sums[r][o] = simd::fma(inputs, weights[o], sums[r][o]);
     }
   }
   simd::sums<R * O>(&sums[0][0], &out[0][0]);
   for (; k < n; ++k)
     for (int r = 0; r < R; ++r)
-      for (int o = 0; o < O; ++o) out[r][o] += x[r * n + k] * simd::widen(w[o * n + k]);
+      for (int o = 0; o < O; ++o) out[r][o] += x[r * stride + k] * simd::widen(w[o * n + k]);
 }
 
-// How far rows of prepared activations lie apart (see `prepare`).
-inline int64_t input_stride(const Matrix& m) {
-  return m.format == kInt4 ? m.in + (m.in / m.group + kLanes - 1) / kLanes * kLanes : m.in;
-}
+// A row of activations as a matrix wants it: `body` floats' room of values, `sums` of those of neighbours, and the scale.
+// Integers where int8 meets int8 or int4; for a matrix of floats without a grid the row as it is.
+struct Shape {
+  int64_t body, sums, scale;
 
-// The same for 4-bit weights. x: prepared. Weights count from zero point 8; what other zero points change is one product
-// with the groups' sums: Σ (nibble − zero) · scale · x = Σ (nibble − 8) · scale · x + Σ_groups (8 − zero) · scale · Σ x.
+  explicit Shape(const Matrix& m) : body(m.in), sums(0), scale(m.grid ? kLanes : 0) {
+    if (integer(m)) body = (row_bytes_of(m) + kBytes - 1) / kBytes * kBytes * (m.format == kInt4 ? 2 : 1) / 4;
+    else if (changed(m)) body = (m.in + kLanes - 1) / kLanes * kLanes;
+    if (m.format == kInt4) sums = (m.in / m.group + kLanes - 1) / kLanes * kLanes;
+    else if (integer(m)) sums = kLanes;
+  }
+
+  int64_t stride() const { return body + sums + scale; }
+  static bool integer(const Matrix& m) { return m.grid == kInt8Grid && (m.format == kInt8 || m.format == kInt4); }
+  static bool changed(const Matrix& m) { return m.grid || m.format == kInt4; }
+  static int64_t row_bytes_of(const Matrix& m) {
+    return m.format == kFloat32 ? 4 * m.in : m.format == kBfloat16 ? 2 * m.in : m.format == kInt4 ? m.in / 2 : m.in;
+  }
+};
+
+// What zero points add to 4-bit products that were counted from `base`: Σ_groups (base − zero) · scale · Σ x. Sixteen groups at
+// a time, the last sixteen overlapping the ones before, whose sums are zero there. group_sums: of the first row of x.
 template <int R, int O>
-inline void dots(const Matrix& m, int64_t first, const float* x, int64_t ahead, float (&out)[R][O]) {
-  const int64_t groups = m.in / m.group, row_bytes = m.in / 2, group_bytes = m.group / 2, stride = input_stride(m);
+inline void shift(const Matrix& m, int64_t first, const float* group_sums, int64_t stride, float base, Floats (&sums)[R][O]) {
+  const int64_t groups = m.in / m.group;
+  const Bf16* scale = static_cast<const Bf16*>(m.scale) + first * groups;
+  const uint8_t* zero = m.zero ? m.zero + first * groups : nullptr;
+#pragma GCC unroll 8
+  for (int o = 0; o < O; ++o)
+    for (int64_t at = 0; at < groups; at += kLanes) {
+      const int64_t g = o * groups + std::min(at, groups - kLanes);
+      const Floats weights = (simd::splat(base) - (zero ? simd::load(zero + g) : simd::splat(8.0f))) * simd::load(scale + g);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[r][o] = simd::fma(weights, simd::load(group_sums + r * stride + at), sums[r][o]);
+    }
+}
+
+// The same where there are fewer than sixteen groups, on the finished numbers.
+template <int R, int O>
+inline void shift_few(const Matrix& m, int64_t first, const float* group_sums, int64_t stride, float base, float (&out)[R][O]) {
+  const int64_t groups = m.in / m.group;
+  for (int o = 0; o < O; ++o)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = (first + o) * groups + g;
+      const float zero = m.zero ? simd::widen(m.zero[at]) : 8.0f;
+      const float weight = (base - zero) * simd::widen(static_cast<const Bf16*>(m.scale)[at]);
+      for (int r = 0; r < R; ++r) out[r][o] += weight * group_sums[r * stride + g];
+    }
+}
+
+// The same for 4-bit weights. x: prepared. Weights count from zero point 8; `shift` adds what other zero points change.
+template <int R, int O>
+inline void dots_int4(const Matrix& m, int64_t first, const float* x, int64_t ahead, float (&out)[R][O]) {
+  const Shape shape(m);
+  const int64_t groups = m.in / m.group, row_bytes = m.in / 2, group_bytes = m.group / 2, stride = shape.stride();
   const uint8_t* data = static_cast<const uint8_t*>(m.data) + first * row_bytes;
   const Bf16* scale = static_cast<const Bf16*>(m.scale) + first * groups;
   Floats sums[R][O];
@@ -163,69 +222,143 @@ inline void dots(const Matrix& m, int64_t first, const float* x, int64_t ahead, 
       }
     }
   }
-  // Sixteen groups at a time, the last sixteen overlapping the ones before, whose sums are zero there.
-  const uint8_t* zero = m.zero ? m.zero + first * groups : nullptr;
-  if (zero && groups >= kLanes)
-#pragma GCC unroll 8
-    for (int o = 0; o < O; ++o)
-      for (int64_t at = 0; at < groups; at += kLanes) {
-        const int64_t g = o * groups + std::min(at, groups - kLanes);
-        const Floats weights = (simd::splat(8.0f) - simd::load(zero + g)) * simd::load(scale + g);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) sums[r][o] = simd::fma(weights, simd::load(x + r * stride + m.in + at), sums[r][o]);
-      }
+  if (m.zero && groups >= kLanes) shift<R, O>(m, first, x + shape.body, stride, 8.0f, sums);
   simd::sums<R * O>(&sums[0][0], &out[0][0]);
-  if (zero && groups < kLanes)
-    for (int o = 0; o < O; ++o)
-      for (int64_t g = 0; g < groups; ++g) {
-        const float weight = (8.0f - simd::widen(zero[o * groups + g])) * simd::widen(scale[o * groups + g]);
-        for (int r = 0; r < R; ++r) out[r][o] += weight * x[r * stride + m.in + g];
+  if (m.zero && groups < kLanes) shift_few<R, O>(m, first, x + shape.body, stride, 8.0f, out);
+}
+
+// Products of 64 neighbours, of which `left` are there.
+template <int R, int O>
+inline void add_int8(const int8_t* w, int64_t row, const float* x, int64_t stride, int64_t k, int64_t left, Ints (&sums)[R][O]) {
+  Bytes weights[O];
+  for (int o = 0; o < O; ++o) weights[o] = left == kBytes ? simd::load_bytes(w + o * row + k) : simd::load_bytes(w + o * row + k, left);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const Bytes inputs = simd::load_bytes(reinterpret_cast<const int8_t*>(x + r * stride) + k);
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) sums[r][o] = simd::dot_signed(weights[o], inputs, sums[r][o]);
+  }
+}
+
+// int8 weights, int8 x, prepared; exact.
+template <int R, int O>
+inline void dots_int8_grid(const Matrix& m, int64_t first, const float* x, int64_t ahead, float (&out)[R][O]) {
+  const Shape shape(m);
+  const int8_t* data = static_cast<const int8_t*>(m.data) + first * m.in;
+  Ints sums[R][O];
+  for (int r = 0; r < R; ++r)
+    for (int o = 0; o < O; ++o) sums[r][o] = simd::no_ints();
+  int64_t k = 0;
+  for (; k + kBytes <= m.in; k += kBytes) {
+    if (ahead) {
+      for (int o = 0; o < O; ++o) fetch(data + o * m.in + k + ahead);
+      if (R == 1) simd::settle();
+    }
+    add_int8<R, O>(data, m.in, x, shape.stride(), k, kBytes, sums);
+  }
+  if (k < m.in) add_int8<R, O>(data, m.in, x, shape.stride(), k, m.in - k, sums);
+  int32_t whole[R][O];
+  simd::sums<R * O>(&sums[0][0], &whole[0][0]);
+  for (int r = 0; r < R; ++r) {
+    int32_t too_much;  // what the instruction added for the sign it does not know
+    std::memcpy(&too_much, x + r * shape.stride() + shape.body, sizeof too_much);
+    for (int o = 0; o < O; ++o) out[r][o] = static_cast<float>(whole[r][o] - too_much);
+  }
+}
+
+// 4-bit weights, int8 x, prepared: sixteen sums of eight products, each exact, are scaled at a time.
+template <int R, int O>
+inline void dots_int4_grid(const Matrix& m, int64_t first, const float* x, int64_t ahead, float (&out)[R][O]) {
+  const Shape shape(m);
+  const int64_t groups = m.in / m.group, row_bytes = m.in / 2, quarters = m.group / 32, stride = shape.stride();
+  const uint8_t* data = static_cast<const uint8_t*>(m.data) + first * row_bytes;
+  const uint16_t* scale = static_cast<const uint16_t*>(m.scale) + first * groups;
+  Floats sums[R][O];
+  for (int r = 0; r < R; ++r)
+    for (int o = 0; o < O; ++o) sums[r][o] = simd::splat(0.0f);
+  for (int64_t byte = 0; byte < row_bytes; byte += kBytes) {
+    const int8_t* inputs = reinterpret_cast<const int8_t*>(x) + 2 * byte;
+    if (ahead)
+      for (int o = 0; o < O; ++o) fetch(data + o * row_bytes + byte + ahead);
+    const bool whole = byte + kBytes <= row_bytes;
+    int64_t g[4];  // the groups of this block's quarters; past the row's end any group, whose weights count as zeros
+    for (int64_t i = 0; i < 4; ++i) g[i] = quarters == 1 ? byte / 16 + i : (byte / 16 + i) / quarters;
+    for (int64_t i = 0; i < 4 && !whole; ++i) g[i] = std::min(g[i], groups - 1);
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+      const uint16_t* from_scale = scale + o * groups;
+      uint64_t four;
+      if (quarters == 1 && whole) {
+        std::memcpy(&four, from_scale + g[0], sizeof four);
+      } else {
+        four = uint64_t{from_scale[g[0]]} | uint64_t{from_scale[g[1]]} << 16 | uint64_t{from_scale[g[2]]} << 32 |
+               uint64_t{from_scale[g[3]]} << 48;
       }
+      const Floats scales = simd::quarters(four);
+      const Bytes both = simd::load_bytes(data + o * row_bytes + byte, row_bytes - byte);
+      const Bytes even = simd::low_nibbles(both), odd = simd::high_nibbles(both);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const int8_t* from = inputs + 4 * r * stride;
+        const Ints sum = simd::dot_unsigned(even, simd::load_bytes(from), simd::no_ints());
+        const Floats eight = simd::floats(simd::dot_unsigned(odd, simd::load_bytes(from + kBytes), sum));
+        sums[r][o] = simd::fma(eight, scales, sums[r][o]);
+      }
+    }
+  }
+  if (groups >= kLanes) shift<R, O>(m, first, x + shape.body, stride, 0.0f, sums);
+  simd::sums<R * O>(&sums[0][0], &out[0][0]);
+  if (groups < kLanes) shift_few<R, O>(m, first, x + shape.body, stride, 0.0f, out);
 }
 
 template <int R, int O>
 inline void dots_of(const Matrix& m, int64_t first, const float* x, int64_t ahead, float (&out)[R][O]) {
-  const int64_t at = first * m.in;
+  const int64_t at = first * m.in, stride = Shape(m).stride();
+  if (Shape::integer(m))
+    return m.format == kInt8 ? dots_int8_grid<R, O>(m, first, x, ahead, out) : dots_int4_grid<R, O>(m, first, x, ahead, out);
   switch (m.format) {
-    case kFloat32: return dots<float, R, O>(static_cast<const float*>(m.data) + at, x, m.in, ahead, out);
-    case kBfloat16: return dots<Bf16, R, O>(static_cast<const Bf16*>(m.data) + at, x, m.in, ahead, out);
-    case kInt8: return dots<int8_t, R, O>(static_cast<const int8_t*>(m.data) + at, x, m.in, ahead, out);
-    default: return dots<R, O>(m, first, x, ahead, out);
+    case kFloat32: return dots<float, R, O>(static_cast<const float*>(m.data) + at, x, m.in, stride, ahead, out);
+    case kBfloat16: return dots<Bf16, R, O>(static_cast<const Bf16*>(m.data) + at, x, m.in, stride, ahead, out);
+    case kInt8: return dots<int8_t, R, O>(static_cast<const int8_t*>(m.data) + at, x, m.in, stride, ahead, out);
+    case kFp8: return dots<E4m3, R, O>(static_cast<const E4m3*>(m.data) + at, x, m.in, stride, ahead, out);
+    default: return dots_int4<R, O>(m, first, x, ahead, out);
   }
 }
 
 // R rows of activations times output rows [first, last), O at a time. y: row stride `stride`.
 template <int R, int O>
 void strip(const Matrix& m, int64_t first, int64_t last, const float* x, float* y, int64_t stride, int64_t ahead) {
-  const float* scale = m.format == kInt8 ? static_cast<const float*>(m.scale) : nullptr;
+  const float* scale = m.format == kInt8 || m.format == kFp8 ? static_cast<const float*>(m.scale) : nullptr;
+  const int64_t input_stride = Shape(m).stride();
   int64_t o = first;
   for (; o + O <= last; o += O) {
     float out[R][O];
     dots_of<R, O>(m, o, x, ahead, out);
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < O; ++i) y[r * stride + o + i] = scale ? out[r][i] * scale[o + i] : out[r][i];
+    for (int r = 0; r < R; ++r) {
+      const float input_scale = m.grid ? x[(r + 1) * input_stride - kLanes] : 1.0f;
+      for (int i = 0; i < O; ++i) y[r * stride + o + i] = (scale ? out[r][i] * scale[o + i] : out[r][i]) * input_scale;
+    }
   }
   if constexpr (O > 1) {
     if (o < last) strip<R, 1>(m, o, last, x, y, stride, ahead);
   }
 }
 
-int64_t row_bytes(const Matrix& m) {
-  return m.format == kFloat32 ? 4 * m.in : m.format == kBfloat16 ? 2 * m.in : m.format == kInt8 ? m.in : m.in / 2;
-}
+// Columns of which 8 rows of activations fit into the nearest cache.
+int64_t narrow(const Matrix& m) { return Shape::integer(m) ? 4 * kNarrow : kNarrow; }
 
-// y[r][o] = weights[o] · x[r] for output rows [first, last). x: [rows, in], prepared for int4; y: row stride `stride`.
+// y[r][o] = weights[o] · x[r] for output rows [first, last). x: rows, prepared; y: row stride `stride`.
 void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int64_t rows, float* y, int64_t stride) {
-  const int64_t strip_bytes = kStrip * row_bytes(m);
+  const int64_t strip_bytes = kStrip * Shape::row_bytes_of(m);
   const int64_t ahead = (kAheadBytes + strip_bytes - 1) / strip_bytes * strip_bytes;
   for (int64_t o = first; o < last; o += kStrip) {
     const int64_t end = std::min(o + kStrip, last);
     for (int64_t r = 0; r < rows;) {
-      const float* from = x + r * input_stride(m);
+      const float* from = x + r * Shape(m).stride();
       float* to = y + r * stride;
       const int64_t fetched = r ? 0 : ahead;
       const int64_t left = rows - r;
-      if (left >= 8 && m.in <= kNarrow) {
+      if (left >= 8 && m.in <= narrow(m)) {
         strip<8, std::max(1, simd::kAccumulators / 8)>(m, o, end, from, to, stride, fetched), r += 8;
       } else if (left >= 4) {
         strip<4, simd::kAccumulators / 4>(m, o, end, from, to, stride, fetched), r += 4;
@@ -239,11 +372,11 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int6
 }
 
 // Output rows of about that many bytes.
-int64_t rows_of(const Matrix& m, int64_t bytes) { return std::max(kStrip, bytes / row_bytes(m) / kStrip * kStrip); }
+int64_t rows_of(const Matrix& m, int64_t bytes) { return std::max(kStrip, bytes / Shape::row_bytes_of(m) / kStrip * kStrip); }
 
 // Output rows a thread takes at a time from `width` rows like those of `m`.
 int64_t grain_of(const Matrix& m, int64_t width, int64_t threads) {
-  return rows_of(m, std::min(width * row_bytes(m) / (threads * kPieces), kPieceBytes));
+  return rows_of(m, std::min(width * Shape::row_bytes_of(m) / (threads * kPieces), kPieceBytes));
 }
 
 // Elementwise
@@ -288,23 +421,78 @@ void gated_gelu(const float* gate, const float* up, int64_t n, float* out) {
   }
 }
 
-// One row of activations for int4: columns in blocks of 32, first the even ones, then the odd ones, as a byte of two weights
-// holds them; behind them the sum of every group of the matrix, the last sixteen ending with the last.
-void prepare(const Matrix& m, const float* x, float* out) {
-  for (int64_t block = 0; block < m.in; block += kPairBlock)
-    for (int64_t i = 0; i < kLanes; ++i) {
-      out[block + i] = x[block + 2 * i];
-      out[block + kLanes + i] = x[block + 2 * i + 1];
+// The nearest e4m3 value, ties to even; |x| ≤ 448.
+inline float to_e4m3(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = (bits + 0x7ffffu + ((bits >> 20) & 1u)) & 0xfff00000u;  // three bits of fraction
+  float rounded;
+  std::memcpy(&rounded, &bits, sizeof rounded);
+  constexpr float kLeast = 0x1p-6f, kSteps = 0x1p9f;  // below, steps are of one size
+  return std::fabs(x) < kLeast ? std::nearbyint(x * kSteps) / kSteps : rounded;
+}
+
+// out = x / scale on a grid; returns the scale. `quantize_input` in Python does the same.
+float to_grid(const Matrix& m, const float* x, float* out) {
+  const float limit = m.grid == kInt8Grid ? 127.0f : 448.0f;
+  float scale = m.input_scale;
+  if (scale == 0.0f) {
+    float greatest = 1e-12f;
+    for (int64_t k = 0; k < m.in; ++k) greatest = std::max(greatest, std::fabs(x[k]));
+    scale = greatest / limit;
+  }
+  for (int64_t k = 0; k < m.in; ++k) {
+    const float step = std::min(std::max(x[k] / scale, -limit), limit);
+    out[k] = m.grid == kInt8Grid ? std::nearbyint(step) : to_e4m3(step);
+  }
+  return scale;
+}
+
+// One row of activations as a matrix wants it; see Shape. For int4 columns are in blocks of 32 (of 128 where they are
+// integers), first the even ones, then the odd ones, as bytes of two weights hold them; behind them the sum of every group,
+// the last sixteen ending with the last. room: for `in` floats.
+void prepare(const Matrix& m, const float* x, float* out, float* room) {
+  const Shape shape(m);
+  if (m.grid) {
+    out[shape.stride() - kLanes] = to_grid(m, x, room);
+    x = room;
+  }
+  if (Shape::integer(m)) {
+    int8_t* bytes = reinterpret_cast<int8_t*>(out);
+    std::fill_n(bytes, 4 * shape.body, 0);
+    int32_t sum = 0;
+    for (int64_t k = 0; k < m.in; ++k) {
+      const int64_t pair = k / 2, at = m.format == kInt8 ? k : pair / kBytes * 2 * kBytes + k % 2 * kBytes + pair % kBytes;
+      bytes[at] = static_cast<int8_t>(x[k]);
+      sum += static_cast<int32_t>(x[k]);
     }
-  if (!m.zero) return;
+    sum *= simd::kOffset;
+    if (m.format == kInt8) std::memcpy(out + shape.body, &sum, sizeof sum);
+  } else if (m.format == kInt4) {
+    for (int64_t block = 0; block < m.in; block += kPairBlock)
+      for (int64_t i = 0; i < kLanes; ++i) {
+        out[block + i] = x[block + 2 * i];
+        out[block + kLanes + i] = x[block + 2 * i + 1];
+      }
+  } else {
+    std::copy(x, x + m.in, out);
+  }
+  if (m.format != kInt4 || !(m.zero || Shape::integer(m))) return;
   const int64_t groups = m.in / m.group, overlap = groups < kLanes ? 0 : (kLanes - groups % kLanes) % kLanes;
-  float* sums = out + m.in;
+  float* sums = out + shape.body;
   for (int64_t g = 0; g < groups; ++g) {
     Floats sum = simd::splat(0.0f);
     for (int64_t k = g * m.group; k < (g + 1) * m.group; k += kLanes) sum = sum + simd::load(x + k);
     sums[g < groups / kLanes * kLanes ? g : g + overlap] = simd::sum(sum);
   }
   if (overlap) std::fill_n(sums + groups / kLanes * kLanes, overlap, 0.0f);
+}
+
+// Whether one row prepared for `a` is one prepared for `b`.
+bool alike(const Matrix& a, const Matrix& b) {
+  if (a.format == kInt4 || b.format == kInt4)
+    if (a.format != b.format || a.group != b.group || !a.zero != !b.zero) return false;
+  return a.in == b.in && a.grid == b.grid && a.input_scale == b.input_scale && Shape::integer(a) == Shape::integer(b);
 }
 
 // Attention
@@ -409,19 +597,44 @@ struct Buffer {
   std::unique_ptr<float[], Free> data_;
 };
 
+constexpr int kParts = 3;  // matrices that are multiplied with the same input: query, key and value
+
+struct Widest {  // floats that the widest row takes: of an input, prepared, and between the two matrices of a linear
+  int64_t input = 0, prepared = 0, between = 0;
+
+  explicit Widest(const Model& m) {
+    take(m.head);
+    for (int64_t i = 0; i < m.layer_count; ++i) {
+      const Layer& l = m.layers[i];
+      for (const Linear* linear : {&l.query, &l.key, &l.value, &l.o, &l.gate, &l.up, &l.down}) take(*linear);
+    }
+  }
+
+ private:
+  void take(const Linear& linear) {
+    for (const Matrix* m : {&linear.last, &linear.first}) {
+      if (!m->out) continue;
+      input = std::max(input, m->in);
+      prepared = std::max(prepared, Shape(*m).stride());
+    }
+    between = std::max(between, linear.first.out);
+  }
+};
+
 struct Shared {  // activations that threads hand to each other, [rows, width] each
-  Buffer qkv, attended, mixed, gated, down;
-  explicit Shared(const Model& m)
+  Buffer qkv, attended, mixed, gated, down, between[kParts];
+  Shared(const Model& m, const Widest& widest)
       : qkv(kMaxRows * (m.heads + 2 * m.kv_heads) * m.head_dim), attended(kMaxRows * m.heads * m.head_dim),
-        mixed(kMaxRows * m.hidden), gated(kMaxRows * m.intermediate), down(kMaxRows * m.hidden) {}
+        mixed(kMaxRows * m.hidden), gated(kMaxRows * m.intermediate), down(kMaxRows * m.hidden),
+        between{Buffer(kMaxRows * widest.between), Buffer(kMaxRows * widest.between), Buffer(kMaxRows * widest.between)} {}
 };
 
 struct Private {
-  Buffer residual, normed, prepared, gate, up, scores;
-  explicit Private(const Model& m)
-      : residual(kMaxRows * m.hidden), normed(kMaxRows * m.hidden),
-        prepared(2 * kMaxRows * std::max({m.hidden, m.intermediate, m.heads * m.head_dim})), gate(kMaxRows * m.intermediate),
-        up(kMaxRows * m.intermediate), scores(m.heads / m.kv_heads * m.context) {}
+  Buffer residual, normed, room, prepared[kParts], gate, up, scores;
+  Private(const Model& m, const Widest& widest)
+      : residual(kMaxRows * m.hidden), normed(kMaxRows * m.hidden), room(widest.input),
+        prepared{Buffer(kMaxRows * widest.prepared), Buffer(kMaxRows * widest.prepared), Buffer(kMaxRows * widest.prepared)},
+        gate(kMaxRows * m.intermediate), up(kMaxRows * m.intermediate), scores(m.heads / m.kv_heads * m.context) {}
 };
 
 class Worker {
@@ -439,8 +652,7 @@ class Worker {
       }
     }
     norm(m_.final_norm);
-    const Matrix* head[] = {&m_.head};
-    linear(head, 1, my_.normed.get(), logits_);
+    linear<1>({&m_.head}, my_.normed.get(), logits_);
   }
 
  private:
@@ -448,17 +660,14 @@ class Worker {
   void layer(const Layer& l) {
     const int64_t qkv_width = (m_.heads + 2 * m_.kv_heads) * m_.head_dim;
     norm(l.input_norm);
-    const Matrix* qkv[] = {&l.query, &l.key, &l.value};
-    linear(qkv, 3, my_.normed.get(), shared_.qkv.get());
+    linear<3>({&l.query, &l.key, &l.value}, my_.normed.get(), shared_.qkv.get());
     share(rows_.count * m_.kv_heads, 1, [&](int64_t item, int64_t) { append<T>(l, item / m_.kv_heads, item % m_.kv_heads); });
     attention<T>(l, qkv_width);
-    const Matrix* o[] = {&l.o};
-    linear(o, 1, shared_.attended.get(), shared_.mixed.get());
+    linear<1>({&l.o}, shared_.attended.get(), shared_.mixed.get());
     add(shared_.mixed.get(), l.post_attention_norm);
     norm(l.pre_mlp_norm);
     mlp(l);
-    const Matrix* down[] = {&l.down};
-    linear(down, 1, shared_.gated.get(), shared_.down.get());
+    linear<1>({&l.down}, shared_.gated.get(), shared_.down.get());
     add(shared_.down.get(), l.post_mlp_norm);
   }
 
@@ -500,37 +709,62 @@ class Worker {
     }
   }
 
-  // The input as a matrix's format wants it.
-  const float* arranged(const Matrix& m, const float* x) {
-    if (m.format != kInt4) return x;
-    for (int64_t r = 0; r < rows_.count; ++r) prepare(m, x + r * m.in, &my_.prepared[r * input_stride(m)]);
-    return my_.prepared.get();
+  // The input as a matrix wants it. to: where that may be put.
+  const float* arranged(const Matrix& m, const float* x, const Buffer& to) {
+    if (!Shape::changed(m)) return x;
+    const int64_t stride = Shape(m).stride();
+    for (int64_t r = 0; r < rows_.count; ++r) prepare(m, x + r * m.in, &to[r * stride], my_.room.get());
+    return to.get();
+  }
+
+  // What the last matrices of some linears on one input x [rows, in] are multiplied with.
+  template <int N>
+  std::array<const float*, N> inputs(const std::array<const Linear*, N>& parts, const float* x) {
+    std::array<const float*, N> out;
+    int64_t width = 0;
+    for (int i = 0; i < N; ++i) {
+      width += parts[i]->first.out;
+      if (parts[i]->first.out) out[i] = arranged(parts[i]->first, x, my_.prepared[i]);
+    }
+    if (width)
+      share(width, kStrip, [&](int64_t begin, int64_t end) {
+        int64_t before = 0;
+        for (int i = 0; i < N; before += parts[i]->first.out, ++i)
+          product(parts[i]->first, begin - before, end - before, out[i], shared_.between[i].get(), parts[i]->first.out);
+      });
+    for (int i = 0; i < N; ++i) {
+      const bool same = i > 0 && !parts[i]->first.out && !parts[i - 1]->first.out && alike(parts[i]->last, parts[i - 1]->last);
+      const float* input = parts[i]->first.out ? shared_.between[i].get() : x;
+      out[i] = same ? out[i - 1] : arranged(parts[i]->last, input, my_.prepared[i]);
+    }
+    return out;
+  }
+
+  // Output rows [begin, end) as far as the matrix has them.
+  void product(const Matrix& m, int64_t begin, int64_t end, const float* x, float* y, int64_t stride) const {
+    begin = std::max(begin, int64_t{0}), end = std::min(end, m.out);
+    if (begin < end) multiply(m, begin, end, x, rows_.count, y, stride);
   }
 
   // y = x times some matrices, their outputs one after another. x: [rows, in]; y: [rows, all outs].
-  void linear(const Matrix* const* parts, int count, const float* x, float* y) {
+  template <int N>
+  void linear(const std::array<const Linear*, N>& parts, const float* x, float* y) {
+    const std::array<const float*, N> from = inputs<N>(parts, x);
     int64_t width = 0;
-    const float* inputs[3];
-    for (int i = 0; i < count; ++i) {
-      width += parts[i]->out;
-      inputs[i] = arranged(*parts[i], x);
-    }
-    share(width, grain_of(*parts[0], width, team_.threads()), [&](int64_t begin, int64_t end) {
+    for (const Linear* part : parts) width += part->last.out;
+    share(width, grain_of(parts[0]->last, width, team_.threads()), [&](int64_t begin, int64_t end) {
       int64_t before = 0;
-      for (int i = 0; i < count; before += parts[i]->out, ++i) {
-        const int64_t first = std::max(begin - before, int64_t{0}), last = std::min(end - before, parts[i]->out);
-        if (first < last) multiply(*parts[i], first, last, inputs[i], rows_.count, y + before, width);
-      }
+      for (int i = 0; i < N; before += parts[i]->last.out, ++i)
+        product(parts[i]->last, begin - before, end - before, from[i], y + before, width);
     });
   }
 
   void mlp(const Layer& l) {
-    const int64_t width = l.gate.out;
-    const float* gate_input = arranged(l.gate, my_.normed.get());
-    const float* up_input = arranged(l.up, my_.normed.get());
-    share(width, grain_of(l.gate, width, team_.threads()), [&](int64_t begin, int64_t end) {
-      multiply(l.gate, begin, end, gate_input, rows_.count, my_.gate.get(), width);
-      multiply(l.up, begin, end, up_input, rows_.count, my_.up.get(), width);
+    const int64_t width = l.gate.last.out;
+    const std::array<const float*, 2> from = inputs<2>({&l.gate, &l.up}, my_.normed.get());
+    share(width, grain_of(l.gate.last, width, team_.threads()), [&](int64_t begin, int64_t end) {
+      multiply(l.gate.last, begin, end, from[0], rows_.count, my_.gate.get(), width);
+      multiply(l.up.last, begin, end, from[1], rows_.count, my_.up.get(), width);
       for (int64_t at = begin, r = 0; r < rows_.count; ++r, at += width)
         gated_gelu(&my_.gate[at], &my_.up[at], end - begin, &shared_.gated[at]);
     });
@@ -622,13 +856,14 @@ struct Step {
   Shared shared;
   std::vector<std::unique_ptr<Private>> privates;
 
-  Step(const Model& m, int threads) : model(m), layers(m.layers, m.layers + m.layer_count), shared(m) {
+  Step(const Model& m, int threads)
+      : model(m), layers(m.layers, m.layers + m.layer_count), shared(m, Widest(m)) {
     model.layers = layers.data();
-    for (int i = 0; i < threads; ++i) privates.push_back(std::make_unique<Private>(m));
+    for (int i = 0; i < threads; ++i) privates.push_back(std::make_unique<Private>(m, Widest(m)));
   }
 };
 
-constexpr int64_t kPhasesPerLayer = 6;
+constexpr int64_t kPhasesPerLayer = 6 + 4;  // the first matrices of low-rank linears have phases of their own
 
 }  // namespace
 
@@ -640,16 +875,17 @@ int64_t gemma_max_rows() { return kMaxRows; }
 void gemma_multiply(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
   // A panel of weights stays in the second cache while blocks of rows, which stay in the first, pass by.
   const int64_t grain = rows > kMaxRows ? rows_of(*m, kPanelBytes) : grain_of(*m, m->out, threads);
-  const int64_t block = m->in <= kNarrow ? 8 : 4;
-  const int64_t stride = input_stride(*m);
+  const int64_t block = m->in <= narrow(*m) ? 8 : 4;
+  const int64_t stride = Shape(*m).stride();
   std::unique_ptr<Buffer> prepared;
-  if (m->format == kInt4) prepared = std::make_unique<Buffer>(rows * stride);
+  if (Shape::changed(*m)) prepared = std::make_unique<Buffer>(rows * stride);
   const float* inputs = prepared ? prepared->get() : x;
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
     if (prepared) {
+      const Buffer room(m->in);
 #pragma omp for
-      for (int64_t r = 0; r < rows; ++r) prepare(*m, x + r * m->in, &(*prepared)[r * stride]);
+      for (int64_t r = 0; r < rows; ++r) prepare(*m, x + r * m->in, &(*prepared)[r * stride], room.get());
     }
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t first = 0; first < m->out; first += grain)
@@ -673,7 +909,7 @@ void gemma_step_run(void* step_, const int64_t* tokens, const int64_t* slots, co
 #pragma omp parallel num_threads(static_cast<int>(step.privates.size()))
   {
 #pragma omp single
-    team = std::make_unique<Team>(omp_get_num_threads(), kPhasesPerLayer * step.model.layer_count + 1);
+    team = std::make_unique<Team>(omp_get_num_threads(), kPhasesPerLayer * step.model.layer_count + 2);
     const int id = omp_get_thread_num();
     Worker(step.model, these, step.shared, *step.privates[id], *team, id, logits).run();
   }

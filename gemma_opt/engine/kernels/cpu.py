@@ -10,7 +10,7 @@ import ctypes
 import logging
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import singledispatch
 from itertools import accumulate
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.kernels import build
 from gemma_opt.engine.linear import linear
-from gemma_opt.engine.packed import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked
+from gemma_opt.engine.packed import FloatRows, Fp8Rows, GridInput, Int4Rows, Int8Rows, LowRankRows, PackedLinear, Stacked
 from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import LayerWeights, TextWeights
 
@@ -36,18 +36,23 @@ class Unsupported(Exception):
 class _Matrix(Structure):
     _fields_ = (
         ("data", c_void_p), ("scale", c_void_p), ("zero", c_void_p),
-        ("out", c_int64), ("columns", c_int64), ("group", c_int64), ("format", c_int64),
+        ("out", c_int64), ("columns", c_int64), ("group", c_int64), ("format", c_int32), ("grid", c_int32),
+        ("input_scale", c_float), ("unused", c_float),
     )  # fmt: skip
 
 
+class _Linear(Structure):
+    _fields_ = (("last", _Matrix), ("first", _Matrix))
+
+
 _NORMS = ("input_norm", "query_norm", "key_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm")
-_MATRICES = ("query", "key", "value", "o", "gate", "up", "down")
+_LINEARS = ("query", "key", "value", "o", "gate", "up", "down")
 
 
 class _Layer(Structure):
     _fields_ = (
         *((name, c_void_p) for name in _NORMS),
-        *((name, _Matrix) for name in _MATRICES),
+        *((name, _Linear) for name in _LINEARS),
         ("keys", c_void_p), ("values", c_void_p), ("length", c_int64), ("sliding", c_int64),
     )  # fmt: skip
 
@@ -58,12 +63,13 @@ class _Model(Structure):
         ("window", c_int64), ("context", c_int64), ("slots", c_int64), ("layer_count", c_int64), ("bf16_cache", c_int64),
         *((name, c_float) for name in ("eps", "attention_scale", "embedding_scale", "unused")),
         *((name, c_void_p) for name in ("sliding_cos", "sliding_sin", "full_cos", "full_sin", "final_norm")),
-        ("table", _Matrix), ("head", _Matrix), ("layers", POINTER(_Layer)),
+        ("table", _Matrix), ("head", _Linear), ("layers", POINTER(_Layer)),
     )  # fmt: skip
 
 
-_FLOAT32, _BFLOAT16, _INT8, _INT4 = range(4)
+_FLOAT32, _BFLOAT16, _INT8, _INT4, _FP8 = range(5)
 _FLOATS = {torch.float32: _FLOAT32, torch.bfloat16: _BFLOAT16}
+_GRIDS = {"int8": 1, "fp8": 2}
 
 
 @singledispatch
@@ -81,11 +87,13 @@ def _(packed: FloatRows, rows: slice) -> _Matrix:
     return _Matrix(data=weight.data_ptr(), out=out, columns=columns, format=_FLOATS[weight.dtype])
 
 
-@_matrix.register
-def _(packed: Int8Rows, rows: slice) -> _Matrix:
+@_matrix.register(Int8Rows)
+@_matrix.register(Fp8Rows)
+def _(packed: Int8Rows | Fp8Rows, rows: slice) -> _Matrix:
     weight, scale = _dense(packed.weight[rows]), _dense(packed.scale[rows])
     out, columns = weight.shape
-    return _Matrix(data=weight.data_ptr(), scale=scale.data_ptr(), out=out, columns=columns, format=_INT8)
+    stored = _INT8 if isinstance(packed, Int8Rows) else _FP8
+    return _Matrix(data=weight.data_ptr(), scale=scale.data_ptr(), out=out, columns=columns, format=stored)
 
 
 @_matrix.register
@@ -98,26 +106,43 @@ def _(packed: Int4Rows, rows: slice) -> _Matrix:
     return _Matrix(data=weight.data_ptr(), scale=scale.data_ptr(), zero=zero, format=_INT4, **size)
 
 
+@_matrix.register
+def _(packed: GridInput, rows: slice) -> _Matrix:
+    matrix = _matrix(packed.rows, rows)
+    matrix.grid = _GRIDS[packed.activation.split("_")[0]]
+    matrix.input_scale = 0.0 if packed.input_scale is None else float(packed.input_scale)
+    return matrix
+
+
 def _dense(tensor: Tensor) -> Tensor:
     if not tensor.is_contiguous():
         raise Unsupported("weights whose rows do not follow each other")
     return tensor
 
 
-def _split(packed: PackedLinear, widths: Sequence[int]) -> list[_Matrix]:
-    """A packed linear as the matrices it was packed from. Raises Unsupported."""
+def _split(packed: PackedLinear, widths: Sequence[int]) -> list[_Linear]:
+    """A packed linear as the linears it was packed from. Raises Unsupported."""
     if isinstance(packed, Stacked):
         if [part.out_features for part in packed.parts] != list(widths):
             raise Unsupported("linears stacked in another way")
-        return [_matrix(part, slice(0, width)) for part, width in zip(packed.parts, widths, strict=True)]
+        return [linear for part in packed.parts for linear in _split(part, [part.out_features])]
+    if isinstance(packed, LowRankRows):
+        if len(widths) > 1:
+            raise Unsupported("low-rank linears on top of each other")
+        return [_Linear(last=_whole(packed.left), first=_whole(packed.right))]
     ends = list(accumulate(widths))
-    return [_matrix(packed, slice(end - width, end)) for end, width in zip(ends, widths, strict=True)]
+    return [_Linear(last=_matrix(packed, slice(end - width, end))) for end, width in zip(ends, widths, strict=True)]
+
+
+def _whole(packed: PackedLinear) -> _Matrix:
+    return _matrix(packed, slice(0, packed.out_features))
 
 
 class CpuLinear:
-    """Products of float32 activations with quantized weights in C++; see `kernels.Linear`.
+    """Products with quantized weights in C++; see `kernels.Linear`.
 
-    Exact but for float32 rounding, and nothing is dequantized into memory. Plain floats stay with torch.
+    Exact but for float32 rounding, and nothing is dequantized into memory. What the vendor's library computes faster stays
+    with torch: plain floats, and bfloat16 activations but for int8 inputs, whose products here are of integers.
     """
 
     def __init__(self, library: ctypes.CDLL, threads: int | None = None) -> None:
@@ -125,16 +150,23 @@ class CpuLinear:
 
     def __call__(self, packed: PackedLinear, x: Tensor) -> Tensor:
         """x: [rows, in] → [rows, out] in x's dtype."""
-        if x.dtype == torch.float32 and isinstance(packed, Int8Rows | Int4Rows):
-            return multiply(self._library, packed, x, self._threads or torch.get_num_threads())
-        if isinstance(packed, Stacked):
-            return torch.cat([self(part, x) for part in packed.parts], dim=-1)
-        return linear(packed, x)
+        match packed:
+            case Stacked():
+                return torch.cat([self(part, x) for part in packed.parts], dim=-1)
+            case LowRankRows():
+                return self(packed.left, self(packed.right, x))
+            case GridInput() if x.dtype == torch.float32 or packed.activation.startswith("int8"):
+                pass
+            case Int8Rows() | Fp8Rows() | Int4Rows() if x.dtype == torch.float32:
+                pass
+            case _:
+                return linear(packed, x)
+        return multiply(self._library, packed, x.float(), self._threads or torch.get_num_threads()).to(x.dtype)
 
 
 def multiply(library: ctypes.CDLL, packed: PackedLinear, x: Tensor, threads: int) -> Tensor:
     """x float32 [rows, in] → float32 [rows, out]. Raises Unsupported."""
-    (matrix,) = _split(packed, [packed.out_features])
+    matrix = _whole(packed)
     if not x.is_contiguous() or x.data_ptr() % 64:
         x = x.clone(memory_format=torch.contiguous_format)
     y = torch.empty(len(x), packed.out_features)
@@ -224,7 +256,7 @@ def _model(weights: TextWeights, cache: KvCache, rope: RopeTables) -> _Model:
         full_cos=rope.full[0].data_ptr(),
         full_sin=rope.full[1].data_ptr(),
         final_norm=weights.final_norm.data_ptr(),
-        table=_split(weights.table, [shape.vocabulary])[0],
+        table=_whole(weights.table),
         head=_split(weights.head, [shape.vocabulary])[0],
         layers=layers,
     )
@@ -233,7 +265,7 @@ def _model(weights: TextWeights, cache: KvCache, rope: RopeTables) -> _Model:
 def _layer(weights: TextWeights, layer: LayerWeights, cache: KvCache, index: int) -> _Layer:
     held = cache.layers[index]
     half = layer.gate_up.out_features // 2
-    matrices = [
+    linears = [
         *_split(layer.qkv, weights.shape.qkv_widths),
         *_split(layer.o, [layer.o.out_features]),
         *_split(layer.gate_up, [half, half]),
@@ -241,7 +273,7 @@ def _layer(weights: TextWeights, layer: LayerWeights, cache: KvCache, index: int
     ]
     return _Layer(
         **{name: getattr(layer, name).data_ptr() for name in _NORMS},
-        **dict(zip(_MATRICES, matrices, strict=True)),
+        **dict(zip(_LINEARS, linears, strict=True)),
         keys=held.keys.data_ptr(),
         values=held.values.data_ptr(),
         length=held.length,

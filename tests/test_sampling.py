@@ -16,6 +16,7 @@ from gemma_opt.engine.sampling import (
     WIDE,
     Route,
     SamplingRows,
+    _race_of_few,  # pyright: ignore[reportPrivateUsage]
     best,
     best_tokens,
     exponential_noise,
@@ -149,6 +150,28 @@ def test_a_row_gets_the_same_token_alone_and_beside_others(rows: int) -> None:
     parameters = SamplingRows.of(samplings, CPU)
     assert next_tokens(logits, parameters, positions, list(Route)).tolist() == alone
     assert next_tokens_apart(logits, parameters, positions, [route_of(sampling) for sampling in samplings]).tolist() == alone
+
+
+@pytest.mark.parametrize(
+    ("top_p", "min_p", "few"), [(0.9, 0.0, True), (0.0, 0.0, True), (1.0, 0.02, True), (0.95, 0.3, True), (1.0, 0.0, False)]
+)
+def test_without_top_k_few_candidates_do_where_they_hold_all_that_may_be_drawn(top_p: float, min_p: float, few: bool) -> None:
+    """The same tokens as over the whole vocabulary, in real logits' shape: most of the mass on a few hundred tokens."""
+    sampling = SamplingParams(temperature=0.8, top_k=0, top_p=top_p, min_p=min_p, seed=8)
+    logits = torch.stack([logits_of(seed) for seed in range(40)])
+    rows, positions = SamplingRows.of([sampling] * 40, CPU), torch.arange(40)
+    found = _race_of_few(logits, rows, positions)
+    assert (found is not None) == few
+    apart = next_tokens_apart(logits, rows, positions, [route_of(sampling)] * 40)
+    assert apart.tolist() == next_tokens(logits, rows, positions, {route_of(sampling)}).tolist()
+    assert _race_of_few(torch.zeros(1, COLUMNS), SamplingRows.of([sampling], CPU), positions[:1]) is None
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-30, 1e-46])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    """Scores divided by 1e-38 were infinite, their softmax NaN, and the token always the first."""
+    sampling = SamplingParams(temperature=temperature, top_k=0, top_p=0.9)
+    assert draws(logits_of(1), sampling, [3]).tolist() == [int(logits_of(1).argmax())]
 
 
 def test_a_draw_depends_on_seed_and_position_alone() -> None:

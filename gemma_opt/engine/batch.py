@@ -109,11 +109,11 @@ class Batch:
         index = torch.tensor(slots, device=logits.device)
         if any(sampling.min_new_tokens for sampling in samplings):
             self._hold_stops_back_(logits, index, positions)
-        penalized = [row for row, sampling in enumerate(samplings) if sampling.repetition_penalty != 1]
-        if penalized:
-            these = torch.tensor(penalized, device=logits.device)
-            at = index[these]
-            logits[these] = penalize_repetition(logits[these], self.seen[at], self.rows.penalty[at])
+        for row, (slot, sampling) in enumerate(zip(slots, samplings, strict=True)):
+            if sampling.repetition_penalty != 1:
+                seen = self.seen[slot].nonzero()[:, 0]  # some hundreds of a vocabulary of 262,144
+                scores, penalty = logits[row : row + 1, seen], self.rows.penalty[slot : slot + 1]
+                logits[row, seen] = penalize_repetition(scores, torch.ones_like(scores, dtype=torch.bool), penalty)[0]
         return next_tokens_apart(logits, self.rows.take(index), positions, [route_of(sampling) for sampling in samplings])
 
     def _hold_stops_back_(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:

@@ -22,6 +22,7 @@ from gemma_opt.engine.interface import SamplingParams
 CHUNK = 64  # columns searched together: 262,144 = 64 × 4096
 NARROW, WIDE = 64, 1024  # candidates kept: the default top_k 50 and the largest, 1000, fit
 BISECTION_STEPS = 40  # halvings of the top-p threshold: below float32 resolution of probabilities
+COLDEST = 1e-6  # below, scores divided by the temperature leave float32, and nothing but the best token could be drawn
 
 
 class Route(IntEnum):
@@ -36,7 +37,7 @@ class Route(IntEnum):
 
 def route_of(sampling: SamplingParams) -> Route:
     """The route of one request's rows."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return Route.GREEDY
     if sampling.top_k:
         return Route.NARROW if sampling.top_k <= NARROW else Route.WIDE
@@ -107,12 +108,17 @@ def next_tokens_apart(scores: Tensor, rows: SamplingRows, positions: Tensor, rou
         members = [row for row, wanted in enumerate(routes) if wanted == route]
         groups += [(route, members)] if route <= Route.NARROW else [(route, [row]) for row in members]
     if len(groups) == 1:
-        return _FINDERS[groups[0][0]](scores, rows, positions)
+        return _find_apart(groups[0][0], scores, rows, positions)
     tokens = torch.empty(len(routes), dtype=torch.int64, device=scores.device)
     for route, members in groups:
         index = torch.tensor(members, device=scores.device)
-        tokens[index] = _FINDERS[route](scores[index], rows.take(index), positions[index])
+        tokens[index] = _find_apart(route, scores[index], rows.take(index), positions[index])
     return tokens
+
+
+def _find_apart(route: Route, scores: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
+    few = _race_of_few(scores, rows, positions) if route > Route.WIDE else None
+    return _FINDERS[route](scores, rows, positions) if few is None else few
 
 
 def penalize_repetition(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -154,6 +160,24 @@ def _race_of_nucleus(scores: Tensor, rows: SamplingRows, positions: Tensor) -> T
     return _race(
         probabilities.masked_fill(probabilities < nucleus_threshold(probabilities, rows.top_p)[:, None], 0), rows, positions
     )
+
+
+def _race_of_few(scores: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor | None:
+    """What the races without top-k find, where the WIDE best tokens hold all that may be drawn; None where they do not.
+
+    Asks the host, so no captured step may use it. The nucleus is that of the whole vocabulary: its smallest probability is
+    above the last candidate's, and what shares it is kept.
+    """
+    _, ids = best(scores, WIDE)
+    probabilities = torch.softmax(scores / rows.temperature[:, None], -1).gather(1, ids)
+    enough = probabilities.cumsum(-1) >= rows.top_p[:, None]
+    last = torch.where(rows.top_p < 1, enough.int().argmax(-1), ids.shape[-1] - 1)[:, None]  # argmax: the first that is
+    least = torch.maximum(probabilities.gather(1, last), rows.min_p[:, None] * probabilities[:, :1])
+    if not bool((least > probabilities[:, -1:]).all() & (enough.any(-1) | (rows.top_p == 1)).all()):
+        return None
+    race = exponential_noise(rows.seed, positions, ids) / probabilities
+    winner = race.masked_fill(probabilities < least, torch.inf).argmin(-1, keepdim=True)
+    return ids.gather(1, winner)[:, 0]
 
 
 def _race(probabilities: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:

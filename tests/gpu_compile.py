@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gemma_opt.engine.batch import Level
-from gemma_opt.engine.kernels import triton_attention, triton_int4, triton_layer, triton_linear, triton_sampling
+from gemma_opt.engine.kernels import triton_attention, triton_grid, triton_int4, triton_layer, triton_linear, triton_sampling
 from gemma_opt.engine.kernels.triton_compiled import install_compiled, keep_compiled
 from gemma_opt.engine.kernels.triton_linear import Blocks, blocks_for
 from gemma_opt.engine.kernels.triton_tuning import MANY
@@ -73,16 +73,19 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {"registers": int(registers), "stack": int(stack)}
 
 
-def linear(kind: str, blocks: Blocks, *, gated: bool = False, group: int = 0, rows: int = 8) -> Compile:
+def linear(
+    kind: str, blocks: Blocks, *, gated: bool = False, group: int = 0, rows: int = 8, has_x_scale: bool = False
+) -> Compile:
     """The product of a [10240, 2560] matrix."""
     constants = {
         "out_features": 10_240, "in_features": 2560, "gated": gated, "operand": tl.bfloat16, "splits": blocks.splits,
-        "block_rows": rows, "block_out": blocks.outputs, "threads": 32 * blocks.warps,
+        "block_rows": rows, "block_out": blocks.outputs, "threads": 32 * blocks.warps, "has_x_scale": has_x_scale,
         "row_bytes": 2560 * (2 if kind == "bfloat16" else 1) // (2 if group else 1),
         **({"group": group, "half": 128} if group else {"has_scale": kind != "bfloat16", "block_in": blocks.inputs}),
     }  # fmt: skip
     pointers = {
-        "x": "bf16", "weight": DTYPES[kind], "scale": "i32" if group else "fp32", "out": "bf16" if gated else "fp32",
+        "x": "bf16", "x_scale": "fp32", "weight": DTYPES[kind], "scale": "i32" if group else "fp32",
+        "out": "bf16" if gated else "fp32",
     }  # fmt: skip
     kernel = triton_int4.int4_kernel if group else triton_linear._linear_kernel
     return compiled(kernel, pointers, {"rows": "i32"}, constants, blocks.warps, blocks.stages)
@@ -96,6 +99,16 @@ KERNELS: dict[str, Compile] = {
     "fp8": linear("fp8", Blocks(splits=2)),
     "int4 of 128": linear("int4", Blocks(splits=4), group=128),
     "int4 of 32, gated": linear("int4", Blocks(), gated=True, group=32),
+    "int8 of int8 inputs, gated": linear("int8", Blocks(outputs=16, warps=1), gated=True, has_x_scale=True),
+    "int4 of int8 inputs": linear("int4", Blocks(splits=4), group=32, has_x_scale=True),
+    **{
+        f"settle {limit}": compiled(
+            triton_grid._settle_kernel,
+            {"partial": "bf16", "input_scale": "fp32", "steps": "bf16", "scales": "fp32"}, {"rows": "i32"},
+            {"splits": 1, "width": 10_240, "limit": limit, "is_static": False, "block": 16_384}, warps=8,
+        )
+        for limit in (0, 127, 448)
+    },
     "int8, 64 rows": linear("int8", blocks_for(64, Blocks(), torch.bfloat16), rows=64),
     "int8, 64 rows of prefill": linear("int8", MANY[-1], rows=64),
     "dequantize int4": compiled(

@@ -13,21 +13,22 @@ from torch.nn import functional
 
 from gemma_opt.engine.cache import KvCache, LayerCache
 from gemma_opt.engine.kernels import triton_attention
+from gemma_opt.engine.kernels.triton_grid import settle
 from gemma_opt.engine.kernels.triton_layer import add_norm, embed, place_qkv
 from gemma_opt.engine.kernels.triton_linear import Matrix, blocks_for, multiply
 from gemma_opt.engine.kernels.triton_matrices import TritonLinear, matrix_of, uses_of
 from gemma_opt.engine.kernels.triton_tuning import Tuning
-from gemma_opt.engine.packed import Int8Rows, PackedLinear
+from gemma_opt.engine.packed import Int8Rows, LowRankRows, PackedLinear
 from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import LayerWeights, TextWeights
+from gemma_opt.recipe import Activation
 
 
 class TritonDecode:
     """A `DecodeStep` over given weights and cache.
 
     rows: the most a call may have; by default what the cache's slots and slack allow. The logits returned lie in a buffer
-    that the next call overwrites. Linears without a kernel (quantized inputs, low rank) compute themselves in torch operations,
-    whose results may depend on the number of rows by rounding.
+    that the next call overwrites. Quantized inputs take one launch more a product, low rank two.
     """
 
     def __init__(
@@ -36,8 +37,6 @@ class TritonDecode:
         self._weights, self._cache, self._rope, self._tuning = weights, cache, rope, tuning
         self._rows = rows or cache.slots * (cache.slack + 1)
         self._linear = TritonLinear(tuning)
-        self._layers = tuple(_Products(layer) for layer in weights.layers)
-        self._head = _product_of(weights.head)
         self._buffers = _Buffers(weights, uses_of(weights), tuning, self._rows)
 
     def __call__(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
@@ -53,24 +52,20 @@ class TritonDecode:
             embedding_scale=weights.shape.embedding_scale, eps=weights.shape.eps,
         )  # fmt: skip
         next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.final_norm]
-        for layer, products, cache, next_norm in zip(weights.layers, self._layers, self._cache.layers, next_norms, strict=True):
-            attended = self._attention(layer, products, cache, normed, slots, positions)
-            self._add_norm(
-                self._multiply(products.o, attended), layer.post_attention_norm, residual, layer.pre_mlp_norm, normed
-            )
-            mixed = self._multiply(products.gate_up, normed, gated=True)[0]
-            self._add_norm(self._multiply(products.down, mixed), layer.post_mlp_norm, residual, next_norm, normed)
-        return self._multiply(self._head, normed)[0].float()
+        for layer, cache, next_norm in zip(weights.layers, self._cache.layers, next_norms, strict=True):
+            attended = self._attention(layer, cache, normed, slots, positions)
+            self._add_norm(self._multiply(layer.o, attended), layer.post_attention_norm, residual, layer.pre_mlp_norm, normed)
+            mixed = self._multiply(layer.gate_up, normed, gated=True)[0]
+            self._add_norm(self._multiply(layer.down, mixed), layer.post_mlp_norm, residual, next_norm, normed)
+        return self._multiply(weights.head, normed)[0].float()
 
-    def _attention(
-        self, layer: LayerWeights, products: _Products, cache: LayerCache, normed: Tensor, slots: Tensor, positions: Tensor
-    ) -> Tensor:
+    def _attention(self, layer: LayerWeights, cache: LayerCache, normed: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """What the heads read: [rows, heads · head_dim]. The rows' keys and values are in the cache then."""
         buffers, shape, rows = self._buffers, self._weights.shape, normed.shape[0]
         query, out = buffers.query[:rows], buffers.attended[:rows]
         cos, sin = self._rope.sliding if layer.sliding else self._rope.full
         place_qkv(
-            self._multiply(products.qkv, normed), slots, positions, layer.query_norm, layer.key_norm, cos, sin,
+            self._multiply(layer.qkv, normed), slots, positions, layer.query_norm, layer.key_norm, cos, sin,
             query, cache.keys, cache.values, eps=shape.eps,
         )  # fmt: skip
         triton_attention.attend(
@@ -82,33 +77,33 @@ class TritonDecode:
     def _add_norm(self, partial: Tensor, post_norm: Tensor, residual: Tensor, next_norm: Tensor, normed: Tensor) -> None:
         add_norm(partial, post_norm, residual, next_norm, normed, eps=self._weights.shape.eps)
 
-    def _multiply(self, product: _Product, x: Tensor, *, gated: bool = False) -> Tensor:
+    def _multiply(self, product: PackedLinear, x: Tensor, *, gated: bool = False) -> Tensor:
         """Partial results [splits, rows, out] (gated: [1, rows, out / 2]), valid until the next product."""
-        if not isinstance(product, Matrix):
+        if isinstance(product, LowRankRows) and not gated and (right := matrix_of(product.right)):
+            return self._multiply(product.left, self._settled(self._partial(right, x), "none", None)[0])
+        matrix = matrix_of(product)
+        if matrix is None:  # several, whose results are put side by side
             out = self._linear(product, x)
             if gated:
                 gate, up = out.chunk(2, dim=-1)
                 out = functional.gelu(gate, approximate="tanh") * up
             return out[None]
-        blocks = self._tuning.blocks(product, gated=gated)
-        out = self._buffers.product(product, blocks.splits, x.shape[0], gated=gated)
-        multiply(product, x, out, blocks_for(x.shape[0], blocks, x.dtype), gated=gated)
+        return self._partial(matrix, x, gated=gated)
+
+    def _partial(self, matrix: Matrix, x: Tensor, *, gated: bool = False) -> Tensor:
+        x_scale = None
+        if matrix.activation != "none":
+            x, x_scale = self._settled(x[None], matrix.activation, matrix.input_scale)
+        blocks = self._tuning.blocks(matrix, gated=gated)
+        out = self._buffers.product(matrix, blocks.splits, x.shape[0], gated=gated)
+        multiply(matrix, x, out, blocks_for(x.shape[0], blocks, x.dtype), x_scale=x_scale, gated=gated)
         return out
 
-
-_Product = Matrix | PackedLinear  # the latter where there is no one kernel for it
-
-
-def _product_of(packed: PackedLinear) -> _Product:
-    return matrix_of(packed) or packed
-
-
-class _Products:
-    """One layer's linears as the step computes them."""
-
-    def __init__(self, layer: LayerWeights) -> None:
-        self.qkv, self.o = _product_of(layer.qkv), _product_of(layer.o)
-        self.gate_up, self.down = _product_of(layer.gate_up), _product_of(layer.down)
+    def _settled(self, partial: Tensor, activation: Activation, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        _, rows, width = partial.shape
+        steps, scales = self._buffers.steps(rows, width), self._buffers.scales[:rows]
+        settle(partial, activation, input_scale, steps, scales)
+        return steps, scales
 
 
 class _Buffers:
@@ -128,6 +123,13 @@ class _Buffers:
         self._gated = empty(rows * max((matrix.out_features // 2 for matrix, gated in uses if gated), default=0), like=dtype)
         widths = (matrix.out_features * tuning.blocks(matrix).splits for matrix, gated in uses if not gated)
         self._partial = empty(rows * max(widths, default=0))
+        changed = any(matrix.activation != "none" for matrix, _ in uses) or len(uses) > 4 * len(weights.layers) + 1
+        self._steps = empty(rows * max(matrix.in_features for matrix, _ in uses) if changed else 0, like=dtype)
+        self.scales = empty(rows)
+
+    def steps(self, rows: int, width: int) -> Tensor:
+        """What a product takes instead of activations [rows, width]; see `triton_grid`."""
+        return self._steps[: rows * width].view(rows, width)
 
     def product(self, matrix: Matrix, splits: int, rows: int, *, gated: bool) -> Tensor:
         """Where a product goes: [splits, rows, out] float32; gated: [1, rows, out / 2] in the activations' dtype."""

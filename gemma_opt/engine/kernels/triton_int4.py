@@ -62,10 +62,10 @@ def _scaled(nibbles, steps, first_group, o, out_features, stride: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["rows"])
-def int4_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_features: tl.constexpr, gated: tl.constexpr,
-                 group: tl.constexpr, half: tl.constexpr, operand: tl.constexpr, splits: tl.constexpr,
-                 block_rows: tl.constexpr, block_out: tl.constexpr, early: tl.constexpr, row_bytes: tl.constexpr,
-                 ahead: tl.constexpr, threads: tl.constexpr):  # fmt: skip
+def int4_kernel(x, x_scale, weight, scale, out, rows, out_features: tl.constexpr, in_features: tl.constexpr,
+                 gated: tl.constexpr, has_x_scale: tl.constexpr, group: tl.constexpr, half: tl.constexpr,
+                 operand: tl.constexpr, splits: tl.constexpr, block_rows: tl.constexpr, block_out: tl.constexpr,
+                 early: tl.constexpr, row_bytes: tl.constexpr, ahead: tl.constexpr, threads: tl.constexpr):  # fmt: skip
     """One tile of out: [splits, rows, out_features], as in `triton_linear`. scale: the steps of `Int4Halves`."""
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     o = tl.program_id(1) * block_out + tl.arange(0, block_out)
@@ -121,7 +121,7 @@ def int4_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_feat
                 high = _scaled(high, shifted, first + groups, o, out_features, stride, groups, group, operand, block_out)
                 above = tl.dot(low, low_values, above, input_precision="ieee")
                 above_high = tl.dot(high, high_values, above_high, input_precision="ieee")
-    finish_tile(acc + acc_high, above + above_high, out, r, o, split, rows, out_features, gated)
+    finish_tile(acc + acc_high, above + above_high, out, x_scale, r, o, split, rows, out_features, gated, has_x_scale)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from triton import knobs
 from gemma_opt.engine.kernels.triton_int4 import dequantize_kernel, int4_kernel
 from gemma_opt.engine.kernels.triton_overlap import overlaps, start_next, wait
 from gemma_opt.engine.kernels.triton_tiles import begin_tile, finish_tile
+from gemma_opt.recipe import Activation
 
 LEAST_ROWS = 8  # the smallest tile of the matrix units: 1 to 8 rows cost the same
 FEW_ROWS = 16  # up to here a step is bound by reading the weights
@@ -53,7 +54,7 @@ class Matrix:
     """A stored matrix [out, in] of any format, as the kernels read it.
 
     weight: float, int8 or fp8 [out, in], or (group > 0) the bytes of `Int4Halves`. scale: float32 [out]; None for float
-    weights; for int4 its steps, int32 [groups, out].
+    weights; for int4 its steps, int32 [groups, out]. activation, input_scale: of its inputs, see `GridInput`.
     """
 
     weight: Tensor
@@ -61,6 +62,8 @@ class Matrix:
     scale: Tensor | None = None
     group: int = 0
     half: int = 0
+    activation: Activation = "none"
+    input_scale: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -94,10 +97,10 @@ def _rowwise_tile(weight, o, k, mask, in_features: tl.constexpr, operand: tl.con
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _linear_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_features: tl.constexpr, gated: tl.constexpr,
-                   has_scale: tl.constexpr, operand: tl.constexpr, splits: tl.constexpr, block_rows: tl.constexpr,
-                   block_out: tl.constexpr, block_in: tl.constexpr, early: tl.constexpr, row_bytes: tl.constexpr,
-                   ahead: tl.constexpr, threads: tl.constexpr):  # fmt: skip
+def _linear_kernel(x, x_scale, weight, scale, out, rows, out_features: tl.constexpr, in_features: tl.constexpr,
+                   gated: tl.constexpr, has_x_scale: tl.constexpr, has_scale: tl.constexpr, operand: tl.constexpr,
+                   splits: tl.constexpr, block_rows: tl.constexpr, block_out: tl.constexpr, block_in: tl.constexpr,
+                   early: tl.constexpr, row_bytes: tl.constexpr, ahead: tl.constexpr, threads: tl.constexpr):  # fmt: skip
     """One tile of out: [splits, rows, out_features]. gated: W holds gate over up, and out is gelu(gate) · up."""
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     o = tl.program_id(1) * block_out + tl.arange(0, block_out)
@@ -140,17 +143,25 @@ def _linear_kernel(x, weight, scale, out, rows, out_features: tl.constexpr, in_f
         acc = acc * scales
         if gated:
             above = above * scales_above
-    finish_tile(acc, above, out, r, o, split, rows, out_features, gated)
+    finish_tile(acc, above, out, x_scale, r, o, split, rows, out_features, gated, has_x_scale)
 
 
 def multiply(
-    matrix: Matrix, x: Tensor, out: Tensor, blocks: Blocks, *, gated: bool = False, compile_only: bool = False
+    matrix: Matrix,
+    x: Tensor,
+    out: Tensor,
+    blocks: Blocks,
+    *,
+    x_scale: Tensor | None = None,
+    gated: bool = False,
+    compile_only: bool = False,
 ) -> None:
     """Fill out with x · Wᵀ.
 
     x: [rows, in], contiguous. out: [splits, rows, out_features], whose sum over splits is the result; gated (splits = 1):
     [1, rows, out_features / 2], gelu(gate) · up, where W is gate over up. Products of bfloat16 activations are those of
-    bfloat16 operands summed in float32; float32 activations compute in float32. compile_only: launch nothing.
+    bfloat16 operands summed in float32; float32 activations compute in float32. x_scale: float32 [rows], by which results
+    are multiplied: x are steps then (`settle`). compile_only: launch nothing.
     """
     splits, rows, width = out.shape
     if splits != blocks.splits or (gated and splits != 1):
@@ -166,10 +177,10 @@ def multiply(
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, blocks.outputs), splits)
     launch = partial(kernel.warmup, grid=grid) if compile_only else kernel[grid]
     launch(
-        x, matrix.weight, x if matrix.scale is None else matrix.scale, out, rows, out_features=width,
-        in_features=matrix.in_features, gated=gated, operand=operand_of(x.dtype), splits=splits, block_rows=block_rows,
-        block_out=blocks.outputs, early=early, row_bytes=matrix.row_bytes,
-        ahead=_ahead(matrix.row_bytes, blocks) if early else 0, threads=32 * blocks.warps, **own,
+        x, x if x_scale is None else x_scale, matrix.weight, x if matrix.scale is None else matrix.scale, out, rows,
+        out_features=width, in_features=matrix.in_features, gated=gated, has_x_scale=x_scale is not None,
+        operand=operand_of(x.dtype), splits=splits, block_rows=block_rows, block_out=blocks.outputs, early=early,
+        row_bytes=matrix.row_bytes, ahead=_ahead(matrix.row_bytes, blocks) if early else 0, threads=32 * blocks.warps, **own,
         num_warps=blocks.warps, num_stages=blocks.stages, launch_pdl=early,
     )  # fmt: skip
 

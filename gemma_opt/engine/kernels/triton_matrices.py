@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import singledispatch
 
 import torch
 from torch import Tensor
 
+from gemma_opt.engine.kernels.triton_grid import settle
 from gemma_opt.engine.kernels.triton_library import multiply_by_library
 from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, LEAST_ROWS, MOST_ROWS, Matrix, multiply
 from gemma_opt.engine.kernels.triton_tuning import Tuning
 from gemma_opt.engine.linear import linear
-from gemma_opt.engine.packed import FloatRows, Fp8Rows, Int4Halves, Int4Rows, Int8Rows, PackedLinear, Stacked
+from gemma_opt.engine.packed import (
+    FloatRows,
+    Fp8Rows,
+    GridInput,
+    Int4Halves,
+    Int4Rows,
+    Int8Rows,
+    LowRankRows,
+    PackedLinear,
+    Stacked,
+)
 from gemma_opt.engine.weights import TextWeights
 
 TILES = tuple(2**power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length()))  # of rows
@@ -39,11 +51,25 @@ def _(packed: Int4Halves) -> Matrix | None:
     return Matrix(packed.packed, packed.in_features, packed.steps, packed.group, packed.half)
 
 
+@matrix_of.register
+def _(packed: GridInput) -> Matrix | None:
+    found = matrix_of(packed.rows)
+    return found and replace(found, activation=packed.activation, input_scale=packed.input_scale)
+
+
 def arrange(packed: PackedLinear) -> PackedLinear:
     """The order that these kernels read: an `Arrange`."""
-    if isinstance(packed, Stacked):
-        return Stacked(tuple(arrange(part) for part in packed.parts))
-    return Int4Halves.of(packed) if isinstance(packed, Int4Rows) else packed
+    match packed:
+        case Stacked():
+            return Stacked(tuple(arrange(part) for part in packed.parts))
+        case LowRankRows():
+            return LowRankRows(arrange(packed.left), arrange(packed.right))
+        case GridInput(rows=Int4Rows() as rows):
+            return replace(packed, rows=Int4Halves.of(rows))
+        case Int4Rows():
+            return Int4Halves.of(packed)
+        case _:
+            return packed
 
 
 def linears_of(weights: TextWeights) -> list[PackedLinear]:
@@ -59,8 +85,14 @@ def uses_of(weights: TextWeights) -> list[tuple[Matrix, bool]]:
 
 
 def parts_of(packed: PackedLinear) -> tuple[PackedLinear, ...]:
-    """What is multiplied with at once: a linear itself, or those that are stacked in it."""
-    return packed.parts if isinstance(packed, Stacked) else (packed,)
+    """What is multiplied with at once: a linear itself, those that are stacked in it, or the two of low rank."""
+    match packed:
+        case Stacked():
+            return tuple(part for stacked in packed.parts for part in parts_of(stacked))
+        case LowRankRows():
+            return *parts_of(packed.right), *parts_of(packed.left)
+        case _:
+            return (packed,)
 
 
 class TritonLinear:
@@ -77,21 +109,29 @@ class TritonLinear:
         """x: [rows, in]. Returns [rows, out] in x's dtype."""
         if isinstance(packed, Stacked):
             return torch.cat([self(part, x) for part in packed.parts], dim=-1)
+        if isinstance(packed, LowRankRows):
+            return self(packed.left, self(packed.right, x))
         matrix, rows = matrix_of(packed), x.shape[0]
         if matrix is None:
             return linear(packed, x)
+        x_scale = None
+        if matrix.activation != "none":
+            steps, x_scale = torch.empty_like(x), torch.empty(rows, device=x.device)
+            settle(x.contiguous()[None], matrix.activation, matrix.input_scale, steps, x_scale)
+            x = steps
         blocks = self._tuning.blocks(matrix) if rows <= FEW_ROWS else self._tuning.blocks_of_many(matrix)
         if blocks is None or rows > MOST_ROWS:
-            return multiply_by_library(matrix, x)
+            return multiply_by_library(matrix, x, x_scale)
         dtype = x.dtype if blocks.splits == 1 else torch.float32
         out = torch.empty(blocks.splits, rows, matrix.out_features, dtype=dtype, device=x.device)
-        multiply(matrix, x.contiguous(), out, blocks)
+        multiply(matrix, x.contiguous(), out, blocks, x_scale=x_scale)
         return out[0] if blocks.splits == 1 else out.sum(0).to(x.dtype)
 
     def warm_up(self, weights: TextWeights) -> None:
         """Compile what a prompt of any length may need, so that no request waits for it: one product of every kind."""
         parts = (part for packed in linears_of(weights) for part in parts_of(packed))
-        kinds = {matrix.key: (part, matrix.in_features) for part in parts if (matrix := matrix_of(part))}
+        found = ((part, matrix_of(part)) for part in parts)
+        kinds = {(matrix.key, matrix.activation): (part, matrix.in_features) for part, matrix in found if matrix}
         for part, inputs in kinds.values():
             for rows in (*TILES, MOST_ROWS + 1):
                 self(part, torch.zeros(rows, inputs, dtype=weights.dtype, device=weights.device))

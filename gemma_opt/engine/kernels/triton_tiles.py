@@ -25,8 +25,13 @@ def begin_tile(weight, split, out_features, gated: tl.constexpr, splits: tl.cons
 
 
 @triton.jit
-def finish_tile(acc, above, out, r, o, split, rows, out_features, gated: tl.constexpr):
+def finish_tile(acc, above, out, x_scale, r, o, split, rows, out_features, gated: tl.constexpr, has_x_scale: tl.constexpr):
     """Store a tile [outputs, rows]; gated: gelu(acc) · above, rounded where separate modules would round."""
+    if has_x_scale:
+        x_scales = tl.load(x_scale + r, mask=r < rows, other=0.0)[None, :]
+        acc = acc * x_scales
+        if gated:
+            above = above * x_scales
     if gated:
         acc = acc.to(out.dtype.element_ty).to(tl.float32)
         acc = acc * tl.sigmoid(1.5957691216057308 * (acc + 0.044715 * acc * acc * acc))  # gelu's tanh form; 2·√(2/π)

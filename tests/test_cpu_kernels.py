@@ -18,8 +18,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import TextModel
 from gemma_opt.engine.kernels import build
-from gemma_opt.engine.kernels.cpu import CpuDecodeStep, multiply
-from gemma_opt.engine.linear import linear
+from gemma_opt.engine.kernels.cpu import CpuChunkAttention, CpuDecodeStep, multiply
+from gemma_opt.engine.linear import Visible, attend_to_chunk, linear
 from gemma_opt.engine.packed import (
     FloatRows,
     Fp8Rows,
@@ -145,6 +145,22 @@ def test_products_are_those_of_float64(library: ctypes.CDLL, kind: str) -> None:
             torch.testing.assert_close(result, in_float64(matrix, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.inference_mode()
+def test_int4_of_unlike_groups_on_one_input(library: ctypes.CDLL, rows: int) -> None:
+    """Both shared one buffer of prepared activations, laid out for the group of the last: logits were off by half."""
+    weights = requantized(model_weights(), "int4")
+    gate_up = Stacked((packed("int4", 64, 64), packed("int4 symmetric", 64, 64, seed=1, group=64)))
+    qkv = Stacked((packed("int4", 128, 64), packed("int4", 64, 64, seed=1, group=64), packed("int4", 64, 64, seed=2)))
+    layers = tuple(dataclasses.replace(layer, qkv=qkv, gate_up=gate_up) for layer in weights.layers)
+    weights = dataclasses.replace(weights, layers=layers)
+    oracle = TextModel(weights, KvCache(weights, slots=2, context=64), use_kernels=False)
+    step = CpuDecodeStep(weights, KvCache(weights, slots=2, context=64), oracle.rope, library, threads=2)
+    for position in range(4):
+        these = [(5 + position, slot, position) for slot in range(rows)]
+        torch.testing.assert_close(decode(step, these), decode(oracle, these), rtol=2e-4, atol=2e-4)
+
+
 def test_every_float8_is_read_and_rounded_to_right(library: ctypes.CDLL) -> None:
     """All 254 finite ones as weights, and inputs at, beside and between them; both signs, below the least normal one too."""
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -210,6 +226,23 @@ def test_the_step_is_torchs_step(library: ctypes.CDLL, kind: str) -> None:
     for mine, theirs in zip(cache.layers, oracle.cache.layers, strict=True):
         assert float((mine.keys - theirs.keys).abs().mean()) < tolerance / 10
         assert float((mine.values - theirs.values).abs().mean()) < tolerance / 10
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 1, 256), (8, 4, 32), (3, 3, 16), (6, 2, 80)])
+def test_attention_of_a_chunk_is_torchs(library: ctypes.CDLL, heads: int, kv_heads: int, head_dim: int) -> None:
+    """A window, a history, and a picture whose tokens see each other; what nobody sees is NaN and must not be read."""
+    tokens, history, window = 23, 19, 11
+    query = torch.randn(tokens, heads, head_dim, generator=draw(1))
+    keys, values = torch.randn(2, kv_heads, history + tokens, head_dim, generator=draw(2))
+    position = torch.arange(tokens) + history
+    end = position + 1
+    end[5:14] = history + 14
+    visible = Visible(position - window + 1, end)
+    keys[:, : history - window + 1] = values[:, : history - window + 1] = torch.nan
+    expected = attend_to_chunk(query, keys.nan_to_num(), values.nan_to_num(), visible, 0.3)
+    for threads in (1, 3):
+        result = CpuChunkAttention(library, threads)(query, keys, values, visible, 0.3)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from gemma_opt.engine.cache import KvCache, LayerCache
-from gemma_opt.engine.kernels import DecodeStep, Linear, PrefillStep, find_kernels
-from gemma_opt.engine.linear import linear, rms_norm, rows_of
+from gemma_opt.engine.kernels import ChunkAttention, DecodeStep, Linear, PrefillStep, find_kernels
+from gemma_opt.engine.linear import Visible, attend_to_chunk, linear, rms_norm, rows_of
 from gemma_opt.engine.rope import RopeTables, Rotation, rotate
 from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
 
@@ -54,6 +54,7 @@ class TextModel:
         self.rope = RopeTables.of(weights, cache.context)
         found = find_kernels(weights, cache, self.rope, compile_cache) if use_kernels else None
         self._linear: Linear = found.linear if found else linear
+        self._attention: ChunkAttention = found.attention if found else attend_to_chunk
         self._decode_step: DecodeStep = found.decode_step if found else self._decode_with_torch
         self._prefill_step: PrefillStep = found.prefill_step if found and found.prefill_step else self._prefill_with_torch
 
@@ -74,14 +75,14 @@ class TextModel:
         if torn := [span for span in image_spans if span[0] < start < span[1] or span[0] < end < span[1]]:
             raise ValueError(f"a chunk from {start} to {end} tears pictures at {torn}")
         inside = [span for span in image_spans if start <= span[0] and span[1] <= end]
-        masks = {
-            sliding: _chunk_mask(start, end, self._history_begin(start, sliding=sliding), inside, window, embeddings.device)
+        visible = {
+            sliding: _visible(start, end, self._history_begin(start, sliding=sliding), inside, window, embeddings.device)
             for sliding, window in ((True, self.cache.window), (False, None))
         }
         rotations = {sliding: self.rope.at(slice(start, end), sliding=sliding) for sliding in (True, False)}
         x = embeddings
         for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
-            attend = self._chunk_attention(cache, slot, start, masks[layer.sliding])
+            attend = self._chunk_attention(cache, slot, start, visible[layer.sliding])
             x = _block(x, layer, self.weights.shape, rotations[layer.sliding], self._linear, attend)
         return self._logits(x[-1:])[0]
 
@@ -152,7 +153,7 @@ class TextModel:
         """The first position that a chunk's tokens can see."""
         return max(0, start - self.cache.window + 1) if sliding else 0
 
-    def _chunk_attention(self, cache: LayerCache, slot: int, start: int, mask: Tensor) -> Attend:
+    def _chunk_attention(self, cache: LayerCache, slot: int, start: int, visible: Visible) -> Attend:
         """Attention of a chunk to what the slot holds and to itself; then the slot holds the chunk too."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -160,12 +161,9 @@ class TextModel:
             begin = self._history_begin(start, sliding=cache.sliding)
             old_keys, old_values = cache.read(slot, begin, start)
             keys, values = torch.cat((old_keys, key), dim=1), torch.cat((old_values, value), dim=1)
-            out = functional.scaled_dot_product_attention(
-                query.transpose(0, 1)[None], keys[None], values[None],
-                attn_mask=mask, scale=self.weights.shape.attention_scale, enable_gqa=True,
-            )  # fmt: skip
+            out = self._attention(query, keys, values, visible, self.weights.shape.attention_scale)
             cache.write_(slot, start, key, value)
-            return out[0].transpose(0, 1)
+            return out
 
         return attend
 
@@ -212,14 +210,14 @@ def _block(x: Tensor, layer: LayerWeights, shape: TextShape, rotation: Rotation,
     return x + rms_norm(mlp, layer.post_mlp_norm, shape.eps)
 
 
-def _chunk_mask(start: int, end: int, history: int, spans: Sequence[Span], window: int | None, device: torch.device) -> Tensor:
-    """bool [end − start, end − history]: which positions from `history` on each token of the chunk sees."""
-    query = torch.arange(start, end, device=device)[:, None]
-    key = torch.arange(history, end, device=device)[None]
-    same_picture = torch.zeros(end - start, end - history, dtype=torch.bool, device=device)
+def _visible(start: int, end: int, history: int, spans: Sequence[Span], window: int | None, device: torch.device) -> Visible:
+    """Which positions each token of a chunk sees, counted from `history` on: see `_seen`."""
+    position = torch.arange(start, end, device=device)
+    last = position + 1
     for begin, stop in spans:
-        same_picture |= (query >= begin) & (query < stop) & (key >= begin) & (key < stop)
-    return _seen(query, key, same_picture, window)
+        last[begin - start : stop - start] = stop
+    first = torch.zeros_like(position) if window is None else (position - window + 1).clamp(min=0)
+    return Visible((first - history).clamp(min=0), last - history)
 
 
 def _seen(query: Tensor, key: Tensor, same_picture: Tensor, window: int | None) -> Tensor:

@@ -1,11 +1,12 @@
-"""A packed linear applied to activations: the seam where a kernel is picked by format, device and number of rows.
+"""A packed linear applied to activations, and a chunk's attention: the seam where a device's kernels are picked.
 
 What stands here runs anywhere, in plain torch operations, and is what the kernels are compared with.
 """
 
 from __future__ import annotations
 
-from functools import singledispatch
+from dataclasses import dataclass
+from functools import cached_property, singledispatch
 
 import torch
 from torch import Tensor
@@ -63,6 +64,31 @@ def _(packed: LowRankRows, x: Tensor) -> Tensor:
 @linear.register
 def _(packed: Stacked, x: Tensor) -> Tensor:
     return torch.cat([linear(part, x) for part in packed.parts], dim=-1)
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which keys each token of a chunk sees: those of indices begin ≤ i < end. int64 [tokens], begin < end."""
+
+    begin: Tensor
+    end: Tensor
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [tokens, keys], up to the last key that is seen."""
+        keys = torch.arange(int(self.end.max()), device=self.end.device)
+        return (keys >= self.begin[:, None]) & (keys < self.end[:, None])
+
+
+def attend_to_chunk(query: Tensor, keys: Tensor, values: Tensor, visible: Visible, scale: float) -> Tensor:
+    """Softmax attention, heads in groups that share keys. query: [tokens, heads, head_dim], which is returned too.
+
+    keys, values: [kv_heads, keys, head_dim], the last of which somebody sees.
+    """
+    out = functional.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], keys[None], values[None], attn_mask=visible.mask, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
 
 
 def rows_of(table: FloatRows | Int8Rows, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma_opt.engine.cache import KvCache
+from gemma_opt.engine.linear import Visible, attend_to_chunk
 from gemma_opt.engine.packed import Arrange, PackedLinear, as_they_are
 from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import TextWeights
@@ -43,12 +44,21 @@ class Linear(Protocol):
         ...
 
 
+class ChunkAttention(Protocol):
+    """Attention of a chunk of one slot's prompt: what `engine.linear.attend_to_chunk` promises."""
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, visible: Visible, scale: float) -> Tensor:
+        """query: [tokens, heads, head_dim], like the result; keys, values: [kv_heads, keys, head_dim]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """What a device has for one model. linear: products of many rows, in prefill."""
+    """What a device has for one model. linear: products of many rows, in prefill, as `attention` is."""
 
     decode_step: DecodeStep
     linear: Linear
+    attention: ChunkAttention = attend_to_chunk
     prefill_step: PrefillStep | None = None
 
 
@@ -67,13 +77,15 @@ def find_kernels(weights: TextWeights, cache: KvCache, rope: RopeTables, compile
     compile_cache: a checkpoint's folder of that name, with what was measured and compiled for this device, if anything.
     """
     if weights.device.type == "cpu":
-        from gemma_opt.engine.kernels.cpu import CpuLinear, find_cpu_step
+        from gemma_opt.engine.kernels.cpu import CpuChunkAttention, CpuLinear, find_cpu_step
 
         step = find_cpu_step(weights, cache, rope)
-        return Kernels(step, CpuLinear(step.library)) if step else None
+        return Kernels(step, CpuLinear(step.library), CpuChunkAttention(step.library)) if step else None
     if weights.device.type == "cuda":
         from gemma_opt.engine.kernels.gpu import find_gpu_kernels
 
         found = find_gpu_kernels(weights, cache, rope, compile_cache)
-        return Kernels(*found) if found else None
+        if found:
+            decode_step, linear, prefill_step = found
+            return Kernels(decode_step, linear, prefill_step=prefill_step)
     return None

@@ -576,6 +576,37 @@ void attend(const float* query, const T* keys, const T* values, const Span (&spa
     for (int64_t d = 0; d < head_dim; ++d) out[h * head_dim + d] *= inverse[h];
 }
 
+// Attention of R rows of a chunk that share a KV head, each to keys [begin, end) of its own. query, out: [R, head_dim].
+template <int R>
+void attend_rows(const float* query, const float* keys, const float* values, const int64_t* begin, const int64_t* end,
+                 int64_t head_dim, float scale, float* scores, int64_t stride, float* out) {
+  const int64_t first = *std::min_element(begin, begin + R), last = *std::max_element(end, end + R);
+  constexpr int kKeys = std::max(1, simd::kAccumulators / 4);
+  int64_t p = first;
+  for (; p + kKeys <= last; p += kKeys) {
+    float dot[R][kKeys];
+    dots<float, R, kKeys>(keys + p * head_dim, query, head_dim, head_dim, 0, dot);
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < kKeys; ++i) scores[r * stride + p - first + i] = dot[r][i] * scale;
+  }
+  for (; p < last; ++p) {
+    float dot[R][1];
+    dots<float, R, 1>(keys + p * head_dim, query, head_dim, head_dim, 0, dot);
+    for (int r = 0; r < R; ++r) scores[r * stride + p - first] = dot[r][0] * scale;
+  }
+  float inverse[R];
+  for (int r = 0; r < R; ++r) {
+    float* row = scores + r * stride;
+    std::fill(row, row + (begin[r] - first), 0.0f);
+    std::fill(row + (end[r] - first), row + (last - first), 0.0f);
+    inverse[r] = soften(row + (begin[r] - first), end[r] - begin[r]);
+  }
+  std::fill(out, out + R * head_dim, 0.0f);
+  blend<float, R>(scores, stride, values, {first, last}, head_dim, out);
+  for (int r = 0; r < R; ++r)
+    for (int64_t d = 0; d < head_dim; ++d) out[r * head_dim + d] *= inverse[r];
+}
+
 // One thread's part of a step
 
 struct Rows {
@@ -892,6 +923,42 @@ void gemma_multiply(const Matrix* m, const float* x, int64_t rows, float* y, int
       for (int64_t group = 0; group < rows; group += kRowGroup)
         for (int64_t r = group; r < std::min(group + kRowGroup, rows); r += block)
           multiply(*m, first, std::min(first + grain, m->out), inputs + r * stride, std::min(block, rows - r), y + r * m->out, m->out);
+  }
+}
+
+// Attention of a chunk of a prompt. query, out: [tokens, heads, head_dim]; keys, values: [kv_heads, positions, head_dim]; token
+// t sees positions [begin[t], end[t]), at least one.
+void gemma_attend_chunk(const float* query, const float* keys, const float* values, const int64_t* begin, const int64_t* end,
+                        int64_t tokens, int64_t heads, int64_t kv_heads, int64_t positions, int64_t head_dim, float scale,
+                        int64_t threads, float* out) {
+  constexpr int64_t kRows = 4;
+  const int64_t group = heads / kv_heads, rows = tokens * group;  // of one KV head: every token's heads
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  {
+    const Buffer queries(kRows * head_dim), result(kRows * head_dim), scores(kRows * positions);
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head)
+      for (int64_t first = 0; first < rows; first += kRows) {
+        const int64_t count = std::min(kRows, rows - first), at = kv_head * positions * head_dim;
+        int64_t places[kRows], begins[kRows], ends[kRows];
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t token = (first + i) / group;
+          places[i] = (token * heads + kv_head * group + (first + i) % group) * head_dim;
+          begins[i] = begin[token], ends[i] = end[token];
+          std::copy_n(query + places[i], head_dim, &queries[i * head_dim]);
+        }
+        const auto go = [&](auto r) {
+          attend_rows<decltype(r)::value>(queries.get(), keys + at, values + at, begins, ends, head_dim, scale, scores.get(),
+                                          positions, result.get());
+        };
+        switch (count) {
+          case 1: go(std::integral_constant<int, 1>{}); break;
+          case 2: go(std::integral_constant<int, 2>{}); break;
+          case 3: go(std::integral_constant<int, 3>{}); break;
+          default: go(std::integral_constant<int, 4>{});
+        }
+        for (int64_t i = 0; i < count; ++i) std::copy_n(&result[i * head_dim], head_dim, out + places[i]);
+      }
   }
 }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.kernels import build
-from gemma_opt.engine.linear import linear
+from gemma_opt.engine.linear import Visible, attend_to_chunk, linear
 from gemma_opt.engine.packed import FloatRows, Fp8Rows, GridInput, Int4Rows, Int8Rows, LowRankRows, PackedLinear, Stacked
 from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import LayerWeights, TextWeights
@@ -173,6 +173,26 @@ def multiply(library: ctypes.CDLL, packed: PackedLinear, x: Tensor, threads: int
     sizes = c_int64(len(x)), c_void_p(y.data_ptr()), c_int64(threads)
     library.gemma_multiply(ctypes.byref(matrix), c_void_p(x.data_ptr()), *sizes)
     return y
+
+
+class CpuChunkAttention:
+    """A `ChunkAttention` in C++ that computes no score which nobody sees. bfloat16 stays with torch."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int | None = None) -> None:
+        self._library, self._threads = library, threads
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, visible: Visible, scale: float) -> Tensor:
+        """[tokens, heads, head_dim]; see `ChunkAttention`."""
+        tokens, heads, head_dim = query.shape
+        if query.dtype != torch.float32 or head_dim % LANES:
+            return attend_to_chunk(query, keys, values, visible, scale)
+        query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
+        out = torch.empty_like(query)
+        pointers = [c_void_p(tensor.data_ptr()) for tensor in (query, keys, values, visible.begin, visible.end)]
+        sizes = [c_int64(size) for size in (tokens, heads, *keys.shape)]
+        threads = c_int64(self._threads or torch.get_num_threads())
+        self._library.gemma_attend_chunk(*pointers, *sizes, c_float(scale), threads, c_void_p(out.data_ptr()))
+        return out
 
 
 class CpuDecodeStep:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,17 @@ def test_errors_are_one_line_with_a_code(arguments: tuple[str, ...], code: int, 
     assert result.stderr.startswith(start), result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_installed_command_is_the_module() -> None:
+    """The story: it skipped `main`, so every error was a traceback and libraries chattered."""
+    command = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]["gemma-opt"]
+    start = f"from importlib.metadata import EntryPoint; EntryPoint('gemma-opt', {command!r}, 'console_scripts').load()()"
+    result = subprocess.run(
+        [sys.executable, "-c", start, "plan", "none"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr == run("plan", "none", code=2).stderr
 
 
 def test_unknown_options_are_usage_errors() -> None:

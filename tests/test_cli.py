@@ -142,6 +142,18 @@ def test_errors_are_one_line_with_a_code(arguments: tuple[str, ...], code: int, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("verb", [("evaluate", "small-int8"), ("report", "small-int8", "--out", "report")])
+def test_texts_have_names_of_their_own_and_are_utf8(verb: tuple[str, ...], tmp_path: Path) -> None:
+    """The story: of two files with one name one was dropped, and a Latin-1 file was a traceback."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_bytes("é".encode("latin-1"))
+    one, other = (str(tmp_path / name / "notes.txt") for name in ("one", "other"))
+    same = run(*verb, "--text", one, "--text", other, code=2).stderr
+    assert same.startswith("error: E2000 texts are reported by their file names, and notes.txt")
+    assert run(*verb, "--text", one, code=2).stderr.startswith(f"error: E2000 not UTF-8 text: {one}")
+
+
 def test_the_installed_command_is_the_module() -> None:
     """The story: it skipped `main`, so every error was a traceback and libraries chattered."""
     command = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]["gemma-opt"]

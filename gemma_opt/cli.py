@@ -90,7 +90,7 @@ def predict(
 
     request = read_inputs(inputs or [])
     request.sampling()  # wrong numbers are refused before the model is loaded
-    service = Service.load(resolve(model), device)
+    service = Service.load(resolve(model), device, only_serve=True)
     try:
         reply = service.stream(request)
         text: list[str] = []

@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 from models import EXAMPLE
 
+from gemma_opt import cli
+from gemma_opt.gemma import text_layers
+from gemma_opt.loading import Source
 from gemma_opt.recipe import Recipe
+from gemma_opt.service import Service
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,6 +69,20 @@ def test_predict_streams_an_answer_and_its_figures(built: Path) -> None:
     assert result.stdout.strip().endswith(".")
     assert "tok/s" in result.stderr
     assert "ended by stop" in result.stderr
+
+
+def test_predict_frees_the_layers_that_only_evaluation_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The story: the largest model that fits a card when served did not fit it in `predict`."""
+    loaded: list[Service] = []
+    load = Service.load
+
+    def watched(source: Source, device: str | None, *, only_serve: bool = False) -> Service:
+        loaded.append(load(source, device, only_serve=only_serve))
+        return loaded[-1]
+
+    monkeypatch.setattr(Service, "load", watched)
+    cli.predict("small-int8", ["prompt=Hello", "max_new_tokens=1"], "cpu")
+    assert not any(list(layer.children()) for layer in text_layers(loaded[0].ready.model))
 
 
 def test_predict_as_json(built: Path) -> None:

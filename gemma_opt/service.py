@@ -165,7 +165,7 @@ class Service:
 
         def load_model() -> GemmaModel:
             opened.append(open_model(source, device))  # verifies every hash, the compiled code's too
-            if source.folder and recipe.compile.targets:
+            if source.folder and recipe.compiled:
                 found = load_artifacts(source.folder / COMPILE_CACHE)
                 log.info("compiled code for this device: %s", "comes with the checkpoint" if found else "none, compiling now")
             return opened[0].model
@@ -180,6 +180,8 @@ class Service:
             engine = FastEngine(
                 load_model, settings, recipe.compile, warm_up, keep_layers=not only_serve, compile_cache=compile_cache
             )
+        if own := set(recipe.compile.targets) - set(recipe.compiled):
+            log.info("%s is not compiled: the fast engine has a step of its own (engine.kind=reference compiles it)", *own)
         log.info("%s is ready; %s", recipe.name, engine.compile_report)
         return cls(engine, opened[0])
 

@@ -110,6 +110,13 @@ def test_a_context_too_small_for_pictures_serves_text() -> None:
             small.stream(Request(prompt="Hello", image=PICTURE))
 
 
+def test_a_decode_step_that_is_not_compiled_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = Recipe.load("small-int8", ("compile.targets=[decode]",))
+    with caplog.at_level("INFO", "gemma_opt"), closing(Service.load(Source(recipe), "cpu")):
+        assert "decode is not compiled: the fast engine has a step of its own" in caplog.text
+        assert "nothing compiled" in caplog.text
+
+
 def test_a_context_too_small_for_anything_is_named(service: Service) -> None:
     tokenizer = gemma.load_processing(BUNDLED, gemma.read_config(BUNDLED)).tokenizer
     tokenizer.chat_template = "{{ 'Long-winded. ' * 99 }}"

@@ -120,7 +120,7 @@ def build(
                 quality = _evaluate(service, questions, "evaluate", progress) if questions else None
             finally:
                 service.close()
-        if recipe.compile.targets:
+        if recipe.compiled:
             save_artifacts(folder / checkpoint.COMPILE_CACHE)
         report = BuildReport(
             folder=out,

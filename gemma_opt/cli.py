@@ -90,7 +90,7 @@ def predict(
 
     request = read_inputs(inputs or [])
     request.sampling()  # wrong numbers are refused before the model is loaded
-    service = Service.load(resolve(model), device)
+    service = Service.load(resolve(model), device, only_serve=True)
     try:
         reply = service.stream(request)
         text: list[str] = []
@@ -185,8 +185,7 @@ def evaluate(
 
     if not charts and not text and not tasks and not reference:
         raise UsageError("nothing to measure: give --charts N, --text FILE, --reference MODEL or --tasks NAMES")
-    texts = {path.name: path.read_text("utf-8") for path in text or ()}
-    measures = Measures(texts, window, None, charts, seed, blank_images, prompts)
+    measures = Measures(_read_texts(text or []), window, None, charts, seed, blank_images, prompts)
     with ExitStack() as opened:
         service = opened.enter_context(closing(Service.load(resolve(model), device)))
         compared = opened.enter_context(closing(Service.load(resolve(reference), device))) if reference else None
@@ -230,7 +229,7 @@ def report(
     from gemma_opt.report.page import write
 
     chosen = [Recipe.load(recipe) for recipe in recipes]
-    measures = Measures({path.name: path.read_text("utf-8") for path in text or ()}, window, windows, charts, prompts=prompts)
+    measures = Measures(_read_texts(text or []), window, windows, charts, prompts=prompts)
     with _progress() as show:
         found = compare(
             chosen, base, out / "checkpoints", measures, SpeedTest(new_tokens=new_tokens, rounds=rounds), device, show
@@ -321,6 +320,23 @@ def _progress() -> Generator[Callable[[str, int, int], None]]:
     finally:
         if tasks:
             bar.stop()
+
+
+def _read_texts(paths: list[Path]) -> dict[str, str]:
+    """File name → content. Raises UsageError if two files share a name, or one is not UTF-8."""
+    names = [path.name for path in paths]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"texts are reported by their file names, and {', '.join(twice)} is given more than once: rename one")
+    texts: dict[str, str] = {}
+    broken: list[str] = []
+    for path in paths:
+        try:
+            texts[path.name] = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            broken.append(str(path))
+    if broken:
+        raise UsageError(f"not UTF-8 text: {', '.join(broken)}")
+    return texts
 
 
 def _print_json(value: object) -> None:

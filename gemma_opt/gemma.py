@@ -196,7 +196,15 @@ def _load_gguf(files: BaseFiles, dtype: torch.dtype, device: torch.device) -> Ba
         raise BaseModelError(f"{files.path} is not a readable Gemma 3 GGUF: {_first_line(error)}") from None
     if model.config.model_type != "gemma3_text":
         raise BaseModelError(f"{files.gguf} holds a {model.config.model_type} model, not Gemma 3")
+    _end_replies_with_turns_(model, tokenizer)
     return Base(model.eval(), Processing(tokenizer, None), files)
+
+
+def _end_replies_with_turns_(model: GemmaModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A GGUF file names one token that ends a text, often not the one that ends the turns of its chat template."""
+    if tokenizer.chat_template and model.generation_config:
+        ends = {tokenizer.get_vocab()[token] for token in ("<eos>", "<end_of_turn>")}
+        model.generation_config.eos_token_id = sorted(stop_token_ids(model) | ends)
 
 
 def _gguf_tokenizer(files: BaseFiles) -> PreTrainedTokenizerBase:

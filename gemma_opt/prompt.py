@@ -1,15 +1,17 @@
 """Requests in words and pictures → token ids and pixel values.
 
 The chat template of the checkpoint writes the prompt; three things it does not do are done here. Special tokens inside
-what a user wrote stay text: they are hidden behind sentinels while the template is rendered, and the text between the
-template's own control tokens is encoded with special tokens switched off. There is exactly one `<bos>`. Pictures become
-the processor's own sequence of soft tokens. For ordinary text the ids equal transformers' processor exactly.
+what a user wrote stay text: while the template is rendered, a sentinel stands for every character that could start one, so
+that none can come about where the template joins two parts; the text between the template's own control tokens is then
+encoded with special tokens switched off. There is exactly one `<bos>`. Pictures become the processor's own sequence of
+soft tokens. For ordinary text the ids equal transformers' processor exactly.
 
 A model without a chat template (pretrained, not instruction-tuned) gets the prompt as it is, after `<bos>`.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_opt.errors import ConflictingInputs, EmptyPrompt, ImagesUnsupported, MessagesError, PromptTooLong
 from gemma_opt.gemma import Processing
+from gemma_opt.text import control_tokens
 
 MAX_IMAGES = 16
 MAX_CHARACTERS = 2_000_000  # over any context this serves; refused before the tokenizer spends time on it
@@ -124,7 +127,7 @@ def _check_order(roles: list[str]) -> None:
         raise MessagesError("the last message must be the user's")
 
 
-_SENTINEL = 0x10FE00  # in the last private-use plane
+_SENTINEL = 0x10FE00  # in the last private-use plane, and one more for each further character that starts a control token
 _CROP_PARAMETERS = ("pan_and_scan_min_crop_size", "pan_and_scan_max_num_crops", "pan_and_scan_min_ratio_to_activate")
 
 
@@ -134,6 +137,17 @@ def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     if not isinstance(backend, Tokenizer):
         raise TypeError(f"{type(tokenizer).__name__} is not built on the tokenizers library")
     return backend
+
+
+@functools.lru_cache(maxsize=4)
+def _plain_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy that reads special tokens as text. The switch belongs to the object, and requests run on many threads.
+
+    Kept: copying Gemma 3's takes over a second, and calibration makes an encoder for every sample.
+    """
+    plain = Tokenizer.from_str(backend_of(tokenizer).to_str())
+    plain.encode_special_tokens = True
+    return plain
 
 
 class PromptEncoder:
@@ -146,12 +160,15 @@ class PromptEncoder:
         self.context = context
         self._tokenizer = processing.tokenizer
         self._processor = processing.processor
-        self._control = sorted((str(token) for token in processing.tokenizer.all_special_tokens), key=len, reverse=True)
-        self._control_ids = {token: processing.tokenizer.get_vocab()[token] for token in self._control}
-        self._control_pattern = re.compile("|".join(re.escape(token) for token in self._control))
-        # A tokenizer of our own: encode_special_tokens is a switch of the shared object, and requests run on many threads.
-        self._plain = Tokenizer.from_str(backend_of(processing.tokenizer).to_str())
-        self._plain.encode_special_tokens = True
+        self._plain = _plain_of(processing.tokenizer)
+        self._control = control_tokens(processing.tokenizer)
+        self._lengths = sorted({len(token) for token in self._control}, reverse=True)
+        starts = sorted({token[0] for token in self._control})
+        self._start = re.compile("|".join(map(re.escape, starts)))
+        sentinels = {ord(start): _SENTINEL + number for number, start in enumerate(starts)}
+        # Sentinels that the user wrote are dropped: private-use characters have no meaning in text.
+        self._hide = dict.fromkeys(sentinels.values()) | sentinels
+        self._show = {sentinel: start for start, sentinel in sentinels.items()}
 
     @property
     def has_chat_template(self) -> bool:
@@ -192,7 +209,7 @@ class PromptEncoder:
         return tuple(torch.unbind(features["pixel_values"])), sequences
 
     def _render(self, turns: Sequence[Turn], sequences: list[str]) -> str:
-        """The prompt as text, with every control token that a user wrote replaced by its sentinel."""
+        """The prompt as text, in which only the template's own control tokens can be read."""
         if not self.has_chat_template:
             return self._render_plain(turns, sequences)
         images = iter(sequences)
@@ -219,23 +236,22 @@ class PromptEncoder:
         return f"{self._tokenizer.bos_token}{''.join(parts)}"
 
     def _hide_control_tokens(self, text: str) -> str:
-        """Sentinels are private-use characters; any that the user wrote are dropped, they have no meaning in text."""
-        text = re.sub(f"[{chr(_SENTINEL)}-{chr(_SENTINEL + 255)}]", "", text)
-        return self._control_pattern.sub(lambda match: chr(_SENTINEL + self._control.index(match[0])), text)
-
-    def _show_control_tokens(self, text: str) -> str:
-        return re.sub(
-            f"[{chr(_SENTINEL)}-{chr(_SENTINEL + 255)}]", lambda match: self._control[ord(match[0]) - _SENTINEL], text
-        )
+        return text.translate(self._hide)
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = []
-        start = 0
-        for match in self._control_pattern.finditer(text):
-            ids += self._encode_plain(text[start : match.start()])
-            ids.append(self._control_ids[match[0]])
-            start = match.end()
-        return ids + self._encode_plain(text[start:])
+        end = 0
+        for start in self._start.finditer(text):
+            if token := self._control_token_at(text, start.start()):
+                ids += self._encode_plain(text[end : start.start()])
+                ids.append(self._control[token])
+                end = start.start() + len(token)
+        return ids + self._encode_plain(text[end:])
+
+    def _control_token_at(self, text: str, place: int) -> str | None:
+        """The longest one. Looked up by length: a pattern of thousands would try them all at every place."""
+        pieces = (text[place : place + length] for length in self._lengths)
+        return next((piece for piece in pieces if piece in self._control), None)
 
     def _encode_plain(self, text: str) -> list[int]:
-        return self._plain.encode(self._show_control_tokens(text), add_special_tokens=False).ids if text else []
+        return self._plain.encode(text.translate(self._show), add_special_tokens=False).ids if text else []

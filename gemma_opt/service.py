@@ -20,7 +20,7 @@ from gemma_opt.engine.compilation import load_artifacts
 from gemma_opt.engine.core import FastEngine
 from gemma_opt.engine.interface import Engine, EngineRequest, Finished, Generation, SamplingParams
 from gemma_opt.engine.reference import ReferenceEngine
-from gemma_opt.errors import ConflictingInputs, EngineError, GemmaOptError, ParameterError
+from gemma_opt.errors import ConflictingInputs, EngineError, GemmaOptError, ParameterError, PlanError, PromptTooLong
 from gemma_opt.gemma import GemmaModel
 from gemma_opt.images import load_image
 from gemma_opt.loading import Ready, Source, open_model
@@ -165,7 +165,7 @@ class Service:
 
         def load_model() -> GemmaModel:
             opened.append(open_model(source, device))  # verifies every hash, the compiled code's too
-            if source.folder and recipe.compile.targets:
+            if source.folder and recipe.compiled:
                 found = load_artifacts(source.folder / COMPILE_CACHE)
                 log.info("compiled code for this device: %s", "comes with the checkpoint" if found else "none, compiling now")
             return opened[0].model
@@ -180,6 +180,8 @@ class Service:
             engine = FastEngine(
                 load_model, settings, recipe.compile, warm_up, keep_layers=not only_serve, compile_cache=compile_cache
             )
+        if own := set(recipe.compile.targets) - set(recipe.compiled):
+            log.info("%s is not compiled: the fast engine has a step of its own (engine.kind=reference compiles it)", *own)
         log.info("%s is ready; %s", recipe.name, engine.compile_report)
         return cls(engine, opened[0])
 
@@ -234,11 +236,23 @@ class Service:
 
 def _warm_up_request(ready: Ready) -> EngineRequest:
     """A real prediction, with a picture where the model sees, so that the first client does not wait for compilation."""
-    sees = ready.processing.processor is not None
-    turns = single_turn("Describe the picture.", "", [charts.draw("test", 0, 0).image] if sees else [])
-    encoded = PromptEncoder(ready.processing, ready.context).encode(turns)
+    encoded = _warm_up_prompt(ready)
     sampling = SamplingParams(max_new_tokens=WARM_UP_TOKENS, min_new_tokens=WARM_UP_TOKENS, temperature=0)
     return EngineRequest(encoded.token_ids, encoded.images, sampling)
+
+
+def _warm_up_prompt(ready: Ready) -> EncodedPrompt:
+    """Raises PlanError if the context holds not even a short text."""
+    encoder = PromptEncoder(ready.processing, ready.context)
+    if ready.processing.processor is not None:
+        try:
+            return encoder.encode(single_turn("Describe the picture.", "", [charts.draw("test", 0, 0).image]))
+        except PromptTooLong as error:
+            log.warning("warming up with text, a picture does not fit: %s", error.message)
+    try:
+        return encoder.encode(single_turn("Hello", "", []))
+    except PromptTooLong as error:
+        raise PlanError(f"engine.context is too small to answer anything: {error.message}") from None
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from __future__ import annotations
 import codecs
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from gemma_opt.errors import ParameterError
@@ -25,10 +26,20 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @functools.lru_cache(maxsize=4)
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
+    """Tokens that stand for no text, and their ids: those of the special roles, and all that are added as special.
+
+    Published Gemma 3 checkpoints give <start_of_turn> and <end_of_turn> no role, and GGUF files add thousands of <unusedN>.
+    Kept, because Gemma 3 has 6,000 added tokens and a loaded tokenizer does not change.
+    """
+    named = zip(map(str, tokenizer.all_special_tokens), tokenizer.all_special_ids, strict=True)
+    added = ((token.content, token_id) for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return MappingProxyType(dict(named) | dict(added))
+
+
+@functools.lru_cache(maxsize=4)
 def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that stand for no text. Kept, because Gemma 3 has 6,000 added tokens and a loaded tokenizer does not change."""
-    added = tokenizer.added_tokens_decoder
-    return frozenset(tokenizer.all_special_ids).union(token_id for token_id, token in added.items() if token.special)
+    return frozenset(control_tokens(tokenizer).values())
 
 
 class TextStream:

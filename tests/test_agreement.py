@@ -152,6 +152,13 @@ def test_text_prompts_are_spread_over_the_text(dense: Service) -> None:
     assert len(text_prompts(dense.ready, TEXT[:1500], 50, window=100)) < 50
 
 
+def test_no_prompts_are_no_greedy_replies(dense: Service) -> None:
+    """The story: `--prompts 0` divided by zero."""
+    assert text_prompts(dense.ready, TEXT, 0) == []
+    found = evaluate(dense, dense, Measures({"bars": TEXT}, window=64, windows=1, prompts=0), lambda *call: None)
+    assert found.greedy is None
+
+
 def test_int8_keeps_most_greedy_tokens_and_a_model_keeps_all_its_own(dense: Service, int8: Service) -> None:
     prompts = [*chart_prompts(dense, 3, 1), *text_prompts(dense.ready, TEXT, 2, window=100)]
     assert [len(prompt.images) for prompt in prompts] == [1, 1, 1, 0, 0]

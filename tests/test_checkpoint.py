@@ -332,6 +332,14 @@ def test_a_pinned_hub_model_is_not_downloaded_without_permission() -> None:
         gemma.locate(Recipe.load("gemma-3-4b-int8").model)
 
 
+def test_a_tuned_gguf_ends_its_replies_with_its_turns() -> None:
+    """The story: llama.cpp's converter writes one end of text, often <eos>, and a reply then ran on to its length."""
+    model = fresh_model()
+    model.generation_config.eos_token_id = 1
+    gemma._end_replies_with_turns_(model, processing().tokenizer)
+    assert gemma.stop_token_ids(model) == {1, 106}
+
+
 def test_a_text_file_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_text("text")
     with pytest.raises(BaseModelError, match="not a readable Gemma 3 GGUF"):

@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from models import EXAMPLE
 
+from gemma_opt import cli
+from gemma_opt.gemma import text_layers
+from gemma_opt.loading import Source
 from gemma_opt.recipe import Recipe
+from gemma_opt.service import Service
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,6 +69,20 @@ def test_predict_streams_an_answer_and_its_figures(built: Path) -> None:
     assert result.stdout.strip().endswith(".")
     assert "tok/s" in result.stderr
     assert "ended by stop" in result.stderr
+
+
+def test_predict_frees_the_layers_that_only_evaluation_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The story: the largest model that fits a card when served did not fit it in `predict`."""
+    loaded: list[Service] = []
+    load = Service.load
+
+    def watched(source: Source, device: str | None, *, only_serve: bool = False) -> Service:
+        loaded.append(load(source, device, only_serve=only_serve))
+        return loaded[-1]
+
+    monkeypatch.setattr(Service, "load", watched)
+    cli.predict("small-int8", ["prompt=Hello", "max_new_tokens=1"], "cpu")
+    assert not any(list(layer.children()) for layer in text_layers(loaded[0].ready.model))
 
 
 def test_predict_as_json(built: Path) -> None:
@@ -139,6 +158,29 @@ def test_errors_are_one_line_with_a_code(arguments: tuple[str, ...], code: int, 
     assert result.stderr.startswith(start), result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", [("evaluate", "small-int8"), ("report", "small-int8", "--out", "report")])
+def test_texts_have_names_of_their_own_and_are_utf8(verb: tuple[str, ...], tmp_path: Path) -> None:
+    """The story: of two files with one name one was dropped, and a Latin-1 file was a traceback."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_bytes("é".encode("latin-1"))
+    one, other = (str(tmp_path / name / "notes.txt") for name in ("one", "other"))
+    same = run(*verb, "--text", one, "--text", other, code=2).stderr
+    assert same.startswith("error: E2000 texts are reported by their file names, and notes.txt")
+    assert run(*verb, "--text", one, code=2).stderr.startswith(f"error: E2000 not UTF-8 text: {one}")
+
+
+def test_the_installed_command_is_the_module() -> None:
+    """The story: it skipped `main`, so every error was a traceback and libraries chattered."""
+    command = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]["gemma-opt"]
+    start = f"from importlib.metadata import EntryPoint; EntryPoint('gemma-opt', {command!r}, 'console_scripts').load()()"
+    result = subprocess.run(
+        [sys.executable, "-c", start, "plan", "none"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr == run("plan", "none", code=2).stderr
 
 
 def test_unknown_options_are_usage_errors() -> None:

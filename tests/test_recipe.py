@@ -162,6 +162,16 @@ def test_missing_files_are_not_found(tmp_path: Path) -> None:
         Recipe.load(tmp_path / "none.yaml")
 
 
+def test_packaged_recipes_compile_what_they_name() -> None:
+    """The story: the 4B recipes named `decode`, and the engine they run on has a decode step of its own."""
+    for name in packaged_recipes():
+        recipe = Recipe.load(name)
+        assert recipe.compiled == recipe.compile.targets
+    both = ("compile.targets=[decode, vision]",)
+    assert Recipe.load(PRUNED, both).compiled == ("vision",)
+    assert Recipe.load(PRUNED, (*both, "engine.kind=reference")).compiled == ("decode", "vision")
+
+
 def test_the_digest_is_that_of_the_weights() -> None:
     base = Recipe.load(PRUNED)
     same = Recipe.load(PRUNED, ("name=other", "engine.queue=3", "compile.targets=[vision]", "description=x"))

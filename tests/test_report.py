@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,16 @@ def test_a_recipe_beside_the_bundled_base(tmp_path: Path) -> None:
     assert data["conditions"]["batch"] == 1
     assert data["conditions"]["versions"]["torch"]
     assert data["frontier"]["size"]
+
+
+def test_the_builtin_text_changes_nothing_else_that_was_asked(tmp_path: Path) -> None:
+    """The story: without a text, the number of greedy prompts and the seed were forgotten."""
+    asked = Measures(window=64, windows=1, seed=3, prompts=1)
+    found = compare([Recipe.load("small-int8")], None, tmp_path, asked, SpeedTest(8, 8, 1), "cpu", lambda *call: None)
+    assert found.measures == replace(asked, texts=found.measures.texts)
+    greedy = found.candidates[1].evaluation.greedy
+    assert greedy is not None
+    assert greedy.prompts == 2  # one from the text, one picture
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
-from models import chart
+from models import BUNDLED, chart
 
+from gemma_opt import gemma
 from gemma_opt.errors import (
     ConflictingInputs,
     EmptyPrompt,
@@ -14,11 +17,13 @@ from gemma_opt.errors import (
     InputError,
     MessagesError,
     ParameterError,
+    PlanError,
     PromptTooLong,
 )
 from gemma_opt.evaluation.quiz import data_uri, run_quiz
-from gemma_opt.loading import resolve
-from gemma_opt.service import Request, Service
+from gemma_opt.loading import Source, resolve
+from gemma_opt.recipe import Recipe
+from gemma_opt.service import Request, Service, _warm_up_request
 
 PICTURE = data_uri(chart())
 
@@ -94,6 +99,31 @@ def test_a_drawn_seed_is_reported_and_repeats_the_answer(service: Service) -> No
     text, metrics = ask(service, prompt="Hello", temperature=1.8, top_p=1.0, top_k=0, min_new_tokens=20)
     again, _ = ask(service, prompt="Hello", temperature=1.8, top_p=1.0, top_k=0, min_new_tokens=20, seed=metrics["seed"])
     assert text == again
+
+
+def test_a_context_too_small_for_pictures_serves_text() -> None:
+    """The story: the warm-up sent a picture that did not fit, and the service could not start."""
+    recipe = Recipe.load("small-int8", ("engine.context=64",))
+    with closing(Service.load(Source(recipe), "cpu")) as small:
+        assert ask(small, prompt="Hello", system_prompt="")[0]
+        with pytest.raises(PromptTooLong):
+            small.stream(Request(prompt="Hello", image=PICTURE))
+
+
+def test_a_decode_step_that_is_not_compiled_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = Recipe.load("small-int8", ("compile.targets=[decode]",))
+    with caplog.at_level("INFO", "gemma_opt"), closing(Service.load(Source(recipe), "cpu")):
+        assert "decode is not compiled: the fast engine has a step of its own" in caplog.text
+        assert "nothing compiled" in caplog.text
+
+
+def test_a_context_too_small_for_anything_is_named(service: Service) -> None:
+    tokenizer = gemma.load_processing(BUNDLED, gemma.read_config(BUNDLED)).tokenizer
+    tokenizer.chat_template = "{{ 'Long-winded. ' * 99 }}"
+    recipe = Recipe.load("small-int8", ("engine.context=16",))
+    ready = replace(service.ready, recipe=recipe, processing=gemma.Processing(tokenizer, None))
+    with pytest.raises(PlanError, match=r"engine\.context is too small to answer anything: .* at most 15 fit"):
+        _warm_up_request(ready)
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ class CompileReport:
 class SelectiveCompiler:
     """Wraps the submodules that a recipe names; torch compiles each at its first use, the warm-up.
 
-    decode: one decode step of the whole text model; mlp: the text MLPs; vision: the SigLIP tower. With
-    `on_failure: eager` a region that cannot be compiled runs eagerly; otherwise it is an error.
+    decode: one decode step of the whole text model; mlp: the text MLPs; vision: the SigLIP tower, the only one the fast
+    engine asks for. With `on_failure: eager` a region that cannot be compiled runs eagerly; otherwise it is an error.
     """
 
     def __init__(self, section: Compile) -> None:

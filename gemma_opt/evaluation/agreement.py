@@ -134,6 +134,8 @@ def prefix_match(pairs: Sequence[tuple[list[int], list[int]]]) -> PrefixMatch:
 
 def text_prompts(ready: Ready, text: str, count: int, window: int = WINDOW) -> list[EncodedPrompt]:
     """The first PROMPT_TOKENS tokens of `count` windows spread evenly over a text (of all, if it has fewer)."""
+    if not count:
+        return []
     windows = windows_of(ready, text, window, None)
     picked = windows[:: max(1, len(windows) // count)][:count]
     return [EncodedPrompt(tuple(chunk[:PROMPT_TOKENS]), (), 0) for chunk in picked]

@@ -10,7 +10,11 @@ from gemma_opt.recipe.section import Section
 
 
 class Compile(Section):
-    """Which hot submodules `setup()` compiles, `none` for none. A failed compilation is an error unless the recipe says so."""
+    """Which hot submodules `setup()` compiles, `none` for none. A failed compilation is an error unless the recipe says so.
+
+    vision: the SigLIP tower. decode, or its mlp alone, are for `engine: {kind: reference}`: the fast engine has a decode step
+    of its own, which nothing needs to compile. It says so of `decode`, and refuses `mlp`.
+    """
 
     targets: tuple[Literal["decode", "mlp", "vision"], ...] = ()
     on_failure: Literal["error", "eager"] = "error"

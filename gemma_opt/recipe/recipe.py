@@ -56,7 +56,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _targets_fit_the_engine(self) -> Recipe:
         if self.engine.kind == "fast" and "mlp" in self.compile.targets:
-            raise ValueError("compile: the fast engine runs no MLP modules that 'mlp' could compile; name decode or vision")
+            raise ValueError("compile: the fast engine runs no MLP modules that 'mlp' could compile; name vision")
         return self
 
     @model_validator(mode="after")
@@ -100,6 +100,11 @@ class Recipe(Section):
         if self.distill.steps < self.recovery_phases:
             raise ValueError(f"distill: {self.distill.steps} steps for {self.recovery_phases} phases of gradual pruning")
         return self
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """The compile targets that torch compiles: with the fast engine not `decode`, it has a decode step of its own."""
+        return tuple(target for target in self.compile.targets if target != "decode" or self.engine.kind == "reference")
 
     @property
     def recovery_phases(self) -> int:

@@ -99,7 +99,7 @@ def compare(
     if base is None and len(bases) > 1:
         raise UsageError(f"the recipes have different base models ({', '.join(sorted(bases))}): name one with --base")
     if not measures.texts and not measures.charts:
-        measures = Measures({"Python's help texts": builtin_text()}, measures.window, measures.windows or 16)
+        measures = replace(measures, texts={"Python's help texts": builtin_text()}, windows=measures.windows or 16)
     files = gemma.locate(recipes[0].model, base)
     title = "build or reuse"
     folders = dict[str, Path]()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import cog
 from cog import BasePredictor, ConcatenateIterator, Input
 
-from gemma_opt.cancellation import Cancellation, watch_this_prediction
+from gemma_opt.cancellation import Cancellation, PredictionCancelled, watch_this_prediction
 from gemma_opt.loading import source_from_environment
 from gemma_opt.service import Metric, Request, Service
 
@@ -89,7 +89,10 @@ class Predictor(BasePredictor):
 
     def answer(self, request: Request, cancellation: Cancellation, record: Callable[[str, Metric], None]) -> Iterator[str]:
         """The answer in pieces; its metrics are recorded after the last one."""
-        reply = self.service.stream(request)
+        try:
+            reply = self.service.stream(request, cancellation.check)
+        except PredictionCancelled:
+            return
         cancellation.then(reply.cancel)
         yield from reply
         for name, value in reply.metrics.items():

@@ -20,6 +20,10 @@ from concurrent.futures import Future
 log = logging.getLogger(__name__)
 
 
+class PredictionCancelled(BaseException):
+    """Nobody waits for the answer any more. No Exception, like Cog's own: who handles errors must not handle this."""
+
+
 class Cancellation:
     """A cancel that may come at any time, from any thread."""
 
@@ -34,6 +38,12 @@ class Cancellation:
             self._cancelled, action = True, self._action
         if action:
             action()
+
+    def check(self) -> None:
+        """Raise PredictionCancelled if a cancel has come."""
+        with self._lock:
+            if self._cancelled:
+                raise PredictionCancelled
 
     def then(self, action: Callable[[], None]) -> None:
         """What a cancel does; at once if it has come already."""

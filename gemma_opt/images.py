@@ -13,8 +13,10 @@ import base64
 import contextlib
 import io
 import struct
+import threading
 import time
 import zlib
+from collections.abc import Generator
 from urllib.parse import unquote
 
 from PIL import Image, ImageOps
@@ -25,12 +27,13 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from gemma_opt.errors import ImageError
-from gemma_opt.fetching import MAX_BYTES, STRICT, TOO_LARGE, FetchPolicy, fetch
+from gemma_opt.fetching import MAX_BYTES, POLL_S, STRICT, TOO_LARGE, FetchPolicy, fetch
 
 MIN_SIDE, MAX_SIDE = 8, 8192
 MAX_PIXELS = 40_000_000  # 160 MB decoded; above any phone's usual picture
 MAX_ASPECT = 50  # beyond it the model's square input shows nothing
 DECODE_TIMEOUT_S = 10.0
+DECODED_AT_ONCE = 2  # by all requests together: a picture takes up to 160 MB, and as much again while it is converted
 SOURCES = "a data URI (data:image/png;base64,…) or an http(s) URL"
 FORMATS = "PNG, JPEG, WEBP or GIF"
 LIMITS = f"sides of {MIN_SIDE} to {MAX_SIDE} pixels, {MAX_PIXELS // 10**6} megapixels, an aspect ratio of {MAX_ASPECT}"
@@ -77,6 +80,24 @@ def decode_image(data: bytes, timeout_s: float = DECODE_TIMEOUT_S) -> Image.Imag
     reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
     if reader is None:
         raise ImageError(f"not a picture: {FORMATS} is needed")
+    with _turn_to_decode():
+        return _decode(reader, data, timeout_s)
+
+
+_decoding = threading.BoundedSemaphore(DECODED_AT_ONCE)
+
+
+@contextlib.contextmanager
+def _turn_to_decode() -> Generator[None]:
+    while not _decoding.acquire(timeout=POLL_S):
+        pass
+    try:
+        yield
+    finally:
+        _decoding.release()
+
+
+def _decode(reader: type[ImageFile], data: bytes, timeout_s: float) -> Image.Image:
     try:
         picture = reader(_TimedBytes(data, timeout_s))
         _check_size(*picture.size)

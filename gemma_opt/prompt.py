@@ -15,7 +15,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from PIL import Image
@@ -30,8 +30,11 @@ from gemma_opt.text import control_tokens
 MAX_IMAGES = 16
 MAX_CHARACTERS = 2_000_000  # over any context this serves; refused before the tokenizer spends time on it
 MAX_MESSAGES = 1000
+TEXT_ONLY = "this model reads text only: send no image"
 
-Part = str | Image.Image
+Picture = Image.Image | Callable[[], Image.Image]
+"""A picture, or what fetches and decodes it: a prompt's pictures are never all decoded at once."""
+Part = str | Picture
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class EncodedPrompt:
     image_count: int
 
 
-def single_turn(prompt: str, system_prompt: str, images: Sequence[Image.Image]) -> tuple[Turn, ...]:
+def single_turn(prompt: str, system_prompt: str, images: Sequence[Picture]) -> tuple[Turn, ...]:
     """A conversation of one user message: pictures first, as Gemma's own examples have them."""
     if not prompt.strip():
         raise EmptyPrompt("prompt is empty: give prompt, or messages")
@@ -59,7 +62,7 @@ def single_turn(prompt: str, system_prompt: str, images: Sequence[Image.Image]) 
     return (*system, Turn("user", (*images, prompt)))
 
 
-def parse_messages(messages: Sequence[object], load_image: Callable[[str], Image.Image]) -> tuple[Turn, ...]:
+def parse_messages(messages: Sequence[object], load_image: Callable[[str], Picture]) -> tuple[Turn, ...]:
     """OpenAI-style messages → turns. `load_image` turns an image URL into a picture; called after all else is checked.
 
     Content is a string or a list of {"type": "text", "text": …} and {"type": "image_url", "image_url": {"url": …}}.
@@ -179,34 +182,56 @@ class PromptEncoder:
         """Token ids and pixel values of a conversation.
 
         pan_and_scan: also send crops of pictures that are much wider or higher than square.
-        Raises PromptTooLong (E1002), ImagesUnsupported (E1012), ConflictingInputs (E1003).
+        Pictures that are yet to be had are asked for one after another, once it is known that their tokens fit.
+        Raises PromptTooLong (E1002), ImagesUnsupported (E1012), ConflictingInputs (E1003), or what a picture raises.
         """
-        pictures = [part for turn in turns for part in turn.parts if isinstance(part, Image.Image)]
+        pictures = [part for turn in turns for part in turn.parts if not isinstance(part, str)]
         if pictures and self._processor is None:
-            raise ImagesUnsupported("this model reads text only: send no image")
+            raise ImagesUnsupported(TEXT_ONLY)
         characters = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
         if characters > MAX_CHARACTERS:
             raise PromptTooLong(f"the prompt has {characters:,} characters, at most {MAX_CHARACTERS:,} are read")
-        pixels, sequences = self._encode_pictures(pictures, pan_and_scan)
+        if not pictures:
+            return EncodedPrompt(tuple(self._ids_of(turns, [])), (), 0)
+        whole = self._sequence(crops=0)
+        room = self.context - 1 - len(self._ids_of(turns, [whole] * len(pictures)))
+        pixels: list[Tensor] = []
+        sequences: list[str] = []
+        for picture in pictures:
+            images, sequence = self._encode_picture(picture, pan_and_scan)
+            pixels += images
+            sequences.append(sequence)
+            room -= len(self._encode_text(sequence)) - len(self._encode_text(whole))
+            if room < 0:
+                self._refuse(self.context - 1 - room)
+        return EncodedPrompt(tuple(self._ids_of(turns, sequences)), tuple(pixels), len(pictures))
+
+    def _ids_of(self, turns: Sequence[Turn], sequences: list[str]) -> list[int]:
         token_ids = self._encode_text(self._render(turns, sequences))
         if len(token_ids) > self.context - 1:
-            raise PromptTooLong(
-                f"the prompt has {len(token_ids):,} tokens, at most {self.context - 1:,} fit the context of {self.context:,}"
-            )
-        return EncodedPrompt(tuple(token_ids), pixels, len(pictures))
+            self._refuse(len(token_ids))
+        return token_ids
 
-    def _encode_pictures(self, pictures: list[Image.Image], pan_and_scan: bool) -> tuple[tuple[Tensor, ...], list[str]]:
-        """Pixel tensors of all pictures and crops, and per picture the text that stands for it."""
-        if not pictures or self._processor is None:
-            return (), []
+    def _refuse(self, tokens: int) -> NoReturn:
+        raise PromptTooLong(
+            f"the prompt has {tokens:,} tokens, at most {self.context - 1:,} fit the context of {self.context:,}"
+        )
+
+    def _sequence(self, crops: int) -> str:
+        """The text that stands for a picture of which the model also sees so many crops."""
+        return self._processor.replace_image_token({"num_crops": [crops]}, 0) if self._processor else ""
+
+    def _encode_picture(self, picture: Picture, pan_and_scan: bool) -> tuple[tuple[Tensor, ...], str]:
+        """Pixel tensors of a picture and its crops, and the text that stands for it."""
+        if self._processor is None:
+            raise ImagesUnsupported(TEXT_ONLY)
+        image = picture if isinstance(picture, Image.Image) else picture()
         pictures_in = self._processor.image_processor
         # The published checkpoints leave the cropping parameters empty; the processor class holds their defaults.
         defaults = cast(dict[str, float], self._processor.images_kwargs)
         crop = {name: getattr(pictures_in, name) or defaults[name] for name in _CROP_PARAMETERS}
-        features = pictures_in(pictures, do_pan_and_scan=pan_and_scan, **crop, return_tensors="pt")
-        crops = [int(count) for count in features["num_crops"]]
-        sequences = [self._processor.replace_image_token({"num_crops": crops}, index) for index in range(len(pictures))]
-        return tuple(torch.unbind(features["pixel_values"])), sequences
+        features = pictures_in([image], do_pan_and_scan=pan_and_scan, **crop, return_tensors="pt")
+        return torch.unbind(features["pixel_values"]), self._sequence(int(features["num_crops"][0]))
 
     def _render(self, turns: Sequence[Turn], sequences: list[str]) -> str:
         """The prompt as text, in which only the template's own control tokens can be read."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Self
+
+from PIL import Image
 
 from gemma_opt import charts
 from gemma_opt.checkpoint import COMPILE_CACHE
@@ -24,7 +26,7 @@ from gemma_opt.errors import ConflictingInputs, EngineError, GemmaOptError, Para
 from gemma_opt.gemma import GemmaModel
 from gemma_opt.images import load_image
 from gemma_opt.loading import Ready, Source, open_model
-from gemma_opt.prompt import MAX_IMAGES, EncodedPrompt, PromptEncoder, Turn, parse_messages, single_turn
+from gemma_opt.prompt import MAX_IMAGES, EncodedPrompt, Picture, PromptEncoder, Turn, parse_messages, single_turn
 from gemma_opt.text import TextStream
 
 log = logging.getLogger(__name__)
@@ -190,11 +192,22 @@ class Service:
         """Whether requests are still served."""
         return self._engine.alive
 
-    def stream(self, request: Request) -> Reply:
-        """Check and encode a request, queue it, and return its answer's stream. Raises InputError or EngineError."""
+    def stream(self, request: Request, before_picture: Callable[[], None] = lambda: None) -> Reply:
+        """Check and encode a request, queue it, and return its answer's stream. Raises InputError or EngineError.
+
+        before_picture: called before each picture is fetched and decoded; what it raises ends the request.
+        """
+
+        def later(source: str) -> Picture:
+            def load() -> Image.Image:
+                before_picture()
+                return load_image(source)
+
+            return load
+
         with safe_errors():
             sampling = request.sampling()
-            encoded = self._encoder.encode(self._conversation(request), pan_and_scan=request.pan_and_scan)
+            encoded = self._encoder.encode(self._conversation(request, later), pan_and_scan=request.pan_and_scan)
             text = TextStream(self.ready.processing.tokenizer, sampling.stop_sequences)
             generation = self._engine.submit(EngineRequest(encoded.token_ids, encoded.images, sampling))
             return Reply(generation, text, encoded, sampling.seed)
@@ -211,15 +224,14 @@ class Service:
         """Stop the engine."""
         self._engine.close()
 
-    def _conversation(self, request: Request) -> tuple[Turn, ...]:
+    def _conversation(self, request: Request, later: Callable[[str], Picture]) -> tuple[Turn, ...]:
         if request.messages is not None:
             self._refuse_conflicts(request)
-            return parse_messages(request.messages, load_image)
+            return parse_messages(request.messages, later)
         sources = [*([request.image] if request.image else []), *(request.images or ())]
         if len(sources) > MAX_IMAGES:
             raise ParameterError(f"at most {MAX_IMAGES} pictures a request, got {len(sources)}")
-        single_turn(request.prompt, "", [])  # an empty prompt is refused before any picture is fetched
-        return single_turn(request.prompt, self._system_prompt(request), [load_image(source) for source in sources])
+        return single_turn(request.prompt, self._system_prompt(request), [later(source) for source in sources])
 
     def _system_prompt(self, request: Request) -> str:
         is_default = request.system_prompt == DEFAULT_SYSTEM_PROMPT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from typing import TYPE_CHECKING
 
 import pytest
@@ -138,6 +139,38 @@ def test_a_prompt_must_leave_room_for_one_token(encoder: PromptEncoder) -> None:
     longest.encode(single_turn("hello " * 50, "", []))
     with pytest.raises(PromptTooLong, match=r"E1002 .* tokens, at most"):
         longest.encode(single_turn("hello " * 52, "", []))
+
+
+def test_pictures_are_had_one_after_another(encoder: PromptEncoder) -> None:
+    """The story: sixteen of 8192 × 4882 pixels were decoded together, 7 GB for a request of 3 MB."""
+    alive: list[weakref.ref[Image.Image]] = []
+
+    def have() -> Image.Image:
+        assert not any(reference() for reference in alive)
+        picture = chart(len(alive))
+        alive.append(weakref.ref(picture))
+        return picture
+
+    encoded = encoder.encode(single_turn("x", "", [have] * 3))
+    assert len(alive) == 3
+    at_once = encoder.encode(single_turn("x", "", [chart(index) for index in range(3)]))
+    assert encoded.token_ids == at_once.token_ids
+    assert torch.equal(torch.stack(encoded.images), torch.stack(at_once.images))
+
+
+@pytest.mark.parametrize(("pan_and_scan", "asked"), [(False, 0), (True, 2)])
+def test_pictures_that_do_not_fit_are_not_asked_for(pan_and_scan: bool, asked: int) -> None:
+    """Four take 4 × 68 tokens; three wide ones would fit without their crops, with them not even two do."""
+    room = PromptEncoder(processing(), 500 if pan_and_scan else 200)
+    calls: list[int] = []
+
+    def have() -> Image.Image:
+        calls.append(1)
+        return chart(1, (600, 200))
+
+    with pytest.raises(PromptTooLong):
+        room.encode(single_turn("x", "", [have] * (3 if pan_and_scan else 4)), pan_and_scan=pan_and_scan)
+    assert len(calls) == asked
 
 
 def test_a_book_is_refused_before_it_is_tokenised(encoder: PromptEncoder) -> None:

@@ -10,6 +10,7 @@ import pytest
 from models import BUNDLED, chart
 
 from gemma_opt import gemma
+from gemma_opt.cancellation import Cancellation, PredictionCancelled
 from gemma_opt.errors import (
     ConflictingInputs,
     EmptyPrompt,
@@ -67,6 +68,20 @@ def test_image_and_images_come_in_order(service: Service) -> None:
     listed, _ = ask(service, prompt="Describe the picture.", images=[PICTURE, other])
     assert together == listed
     assert metrics["image_count"] == 2
+
+
+def test_who_no_longer_wants_the_answer_is_heard_between_pictures(service: Service) -> None:
+    """The story: a cancelled request of many large pictures went on decoding them for half a minute."""
+    cancellation, asked = Cancellation(), []
+
+    def before_picture() -> None:
+        cancellation.check()
+        asked.append(1)
+        cancellation.cancel()
+
+    with pytest.raises(PredictionCancelled):
+        service.stream(Request(prompt="x", images=[PICTURE] * 3), before_picture)
+    assert len(asked) == 1
 
 
 def test_a_stop_sequence_ends_the_answer_and_is_not_sent(service: Service) -> None:

@@ -112,8 +112,8 @@ KERNELS: dict[str, Compile] = {
     "int8, 64 rows": linear("int8", blocks_for(64, Blocks(), torch.bfloat16), rows=64),
     "int8, 64 rows of prefill": linear("int8", MANY[-1], rows=64),
     "dequantize int4": compiled(
-        triton_int4.dequantize_kernel, {"weight": "u8", "scale": "i32", "out": "bf16"}, {},
-        {"out_features": 10_240, "in_features": 2560, "group": 32, "half": 128, "row_bytes": 1280, "operand": tl.bfloat16,
+        triton_int4.dequantize_kernel, {"weight": "u8", "scale": "i32", "out": "bf16"}, {"rows": "i32"},
+        {"stride": 10_240, "in_features": 2560, "group": 32, "half": 128, "row_bytes": 1280, "operand": tl.bfloat16,
          "block_out": 32}, warps=4,
     ),
     "attention": compiled(

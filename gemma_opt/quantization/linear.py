@@ -54,7 +54,7 @@ class QuantizedLinear(nn.Module):
         y = self.product(steps)
         if scale is not None:
             y = y * scale
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)  # in place: 35 MB less of a 4B's picture
 
     def product(self, x: Tensor) -> Tensor:
         """x · dequantized weightᵀ. x: [..., in], in its dtype or float32."""

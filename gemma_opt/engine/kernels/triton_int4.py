@@ -124,19 +124,20 @@ def int4_kernel(x, x_scale, weight, scale, out, rows, out_features: tl.constexpr
     finish_tile(acc + acc_high, above + above_high, out, x_scale, r, o, split, rows, out_features, gated, has_x_scale)
 
 
-@triton.jit
-def dequantize_kernel(weight, scale, out, out_features: tl.constexpr, in_features: tl.constexpr, group: tl.constexpr,
+@triton.jit(do_not_specialize=["rows"])
+def dequantize_kernel(weight, scale, out, rows, stride: tl.constexpr, in_features: tl.constexpr, group: tl.constexpr,
                        half: tl.constexpr, row_bytes: tl.constexpr, operand: tl.constexpr,
                        block_out: tl.constexpr):  # fmt: skip
+    """out [rows, in_features]: rows of a matrix that has `stride` of them. scale: from the first of these rows on."""
     o = tl.program_id(0) * block_out + tl.arange(0, block_out)
     block = tl.program_id(1)
     j = tl.arange(0, half)
     groups: tl.constexpr = half // group
     row = o[:, None].to(tl.int64)
-    inside = o[:, None] < out_features
+    inside = o[:, None] < rows
     low, high = _nibbles(tl.load(weight + row * row_bytes + block * half + j[None, :], mask=inside, other=0), operand)
-    low = _scaled(low, scale, 2 * groups * block, o, out_features, out_features, groups, group, operand, block_out)
-    high = _scaled(high, scale, 2 * groups * block + groups, o, out_features, out_features, groups, group, operand, block_out)
+    low = _scaled(low, scale, 2 * groups * block, o, rows, stride, groups, group, operand, block_out)
+    high = _scaled(high, scale, 2 * groups * block + groups, o, rows, stride, groups, group, operand, block_out)
     place = out + row * in_features + 2 * half * block + j[None, :]
     left = in_features - 2 * half * block - j[None, :]
     tl.store(place, low.to(out.dtype.element_ty), mask=inside & (left > 0))

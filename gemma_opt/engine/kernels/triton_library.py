@@ -18,13 +18,14 @@ def multiply_by_library(matrix: Matrix, x: Tensor, x_scale: Tensor | None = None
         return (_integers(matrix, x) * x_scale[:, None]).to(x.dtype)
     if matrix.scale is None:
         return functional.linear(x, matrix.weight)
-    if matrix.group:
-        return functional.linear(x, dequantize_int4(matrix, x.dtype))
     out = torch.empty(x.shape[0], matrix.out_features, dtype=x.dtype, device=x.device)
     rows = max(1, PIECE_BYTES // (matrix.in_features * x.element_size()))
     for begin in range(0, matrix.out_features, rows):
-        piece = slice(begin, begin + rows)
-        out[:, piece] = functional.linear(x, matrix.weight[piece].to(x.dtype)).mul_(matrix.scale[piece])
+        piece = slice(begin, min(begin + rows, matrix.out_features))
+        if matrix.group:
+            out[:, piece] = functional.linear(x, dequantize_int4(matrix, x.dtype, piece))
+        else:
+            out[:, piece] = functional.linear(x, matrix.weight[piece].to(x.dtype)).mul_(matrix.scale[piece])
     return out
 
 

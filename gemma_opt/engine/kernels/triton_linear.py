@@ -205,11 +205,12 @@ def _ahead(row_bytes: int, blocks: Blocks) -> int:
     return min(row_bytes // blocks.splits, AHEAD // blocks.outputs) // 16 * 16
 
 
-def dequantize_int4(matrix: Matrix, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] of an int4 matrix in `dtype`, without a copy in between."""
-    out = torch.empty(matrix.out_features, matrix.in_features, dtype=dtype, device=matrix.weight.device)
-    dequantize_kernel[(triton.cdiv(matrix.out_features, 32), matrix.row_bytes // matrix.half)](
-        matrix.weight, matrix.scale, out, out_features=matrix.out_features, in_features=matrix.in_features, group=matrix.group,
+def dequantize_int4(matrix: Matrix, dtype: torch.dtype, rows: slice) -> Tensor:
+    """Some rows of the weight of an int4 matrix, [rows, in] in `dtype`, without a copy in between."""
+    weight, steps = matrix.weight[rows], matrix.weight if matrix.scale is None else matrix.scale[:, rows]
+    out = torch.empty(len(weight), matrix.in_features, dtype=dtype, device=weight.device)
+    dequantize_kernel[(triton.cdiv(len(weight), 32), matrix.row_bytes // matrix.half)](
+        weight, steps, out, len(weight), stride=matrix.out_features, in_features=matrix.in_features, group=matrix.group,
         half=matrix.half, row_bytes=matrix.row_bytes, operand=operand_of(dtype), block_out=32, num_warps=4,
     )  # fmt: skip
     return out

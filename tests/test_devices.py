@@ -114,7 +114,7 @@ def test_a_whole_compression_stays_on_the_models_device(name: str, tmp_path: Pat
     chosen = training(TRAININGS[name]) if name in TRAININGS else recipe(RECIPES[name])
     expected = compressed(chosen, torch.device("cpu"), Store())
     with second_device() as device:
-        for _ in ("first",):
+        for _ in ("first", "resumed"):
             found = compressed(chosen, device, Store(tmp_path / "work"))
             assert [key for key, tensor in found.items() if not isinstance(tensor, Elsewhere)] == []
             assert {key: tensor.shape for key, tensor in found.items()} == {key: t.shape for key, t in expected.items()}
@@ -159,7 +159,7 @@ def test_the_small_model_is_compressed_on_a_gpu(name: str, tmp_path: Path) -> No
     section = chosen.calibration
     assert isinstance(section, Calibration)
     drawn = draw_samples(section, processing())
-    for _ in ("first",):
+    for _ in ("first", "resumed"):
         model = fresh_model().to(device)
         pipeline.compress(model, chosen, data=CalibrationData(drawn, Store(tmp_path / "work")))
         state = model.state_dict()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from gemma_opt import checkpoint, gemma, inspection, pipeline
-from gemma_opt.calibration import CalibrationData, Store, draw_samples, sources_identity
+from gemma_opt.calibration import CalibrationData, Store, draw_samples
 from gemma_opt.distill import DistillData
 from gemma_opt.engine.compilation import save_artifacts
 from gemma_opt.engine.kernels import arrangement
@@ -26,6 +26,7 @@ from gemma_opt.engine.weights import take_weights
 from gemma_opt.errors import WeightsError
 from gemma_opt.evaluation.perplexity import answer_perplexity, builtin_text, text_perplexity
 from gemma_opt.evaluation.quiz import QuizScore, run_quiz
+from gemma_opt.identity import identity_of
 from gemma_opt.loading import Source, dense_recipe
 from gemma_opt.policy import plan as make_plan
 from gemma_opt.recipe import Recipe
@@ -100,7 +101,7 @@ def build(
     loaded = gemma.load_base(files, gemma.DTYPES[recipe.model.dtype], place)
     base_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     needed = make_plan(loaded.model, recipe).bytes + OVERHEAD_BYTES
-    identity = files.identity()
+    identity = identity_of(recipe, files)
     work = _Work.of(recipe, identity, loaded, out, place)
     with checkpoint.staging(out, needed) as folder:
         base_quality = _evaluate_base(str(files.path), device, questions, progress) if questions else None
@@ -149,16 +150,11 @@ class _Work:
 
     @classmethod
     def of(cls, recipe: Recipe, identity: dict[str, object], base: gemma.Base, out: Path, device: torch.device) -> _Work:
-        """Read the data of a recipe; `identity` gains the hashes of its files and of another teacher's weights."""
+        """Read the data of a recipe. identity: see `identity_of`."""
         calibration = recipe.calibration if recipe.needs_calibration else None
         distill, load_teacher = recipe.distill, None
-        if calibration:
-            identity["calibration"] = sources_identity(calibration)
-        if distill:
-            identity["distill"] = sources_identity(distill.calibration, "distill.data")
         if distill and distill.teacher != "base":
             files = gemma.locate(distill.teacher, network=True)
-            identity["teacher"] = files.identity()
             gemma.refuse_other_tokenizer(files, base.processing)
             load_teacher = partial(_load_teacher, files, base.model.dtype, device)
         if not recipe.needs_data:

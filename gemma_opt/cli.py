@@ -54,16 +54,20 @@ def compress(
     """
     from gemma_opt import checkpoint, loading
     from gemma_opt.build import build
+    from gemma_opt.identity import differences
     from gemma_opt.recipe import Recipe
 
     chosen = Recipe.load(recipe, tuple(overrides or ()))
     target = out or loading.default_folder(chosen)
-    if not force and checkpoint.is_finished(target) and checkpoint.read_manifest(target).recipe_digest == chosen.digest():
-        typer.echo(f"{target} is already built from this recipe (--force builds it again)", err=True)
-        return
     if target.exists() and not force:
+        finished = checkpoint.is_finished(target)
+        other = differences(checkpoint.read_manifest(target), chosen, base) if finished else ["recipe"]
+        if not other:
+            typer.echo(f"{target} is already built from this recipe (--force builds it again)", err=True)
+            return
+        unlike = " and ".join(other)
         raise UsageError(
-            f"{target} exists and was not built from this recipe: choose another --out, or replace it with --force"
+            f"{target} exists and was not built from the same {unlike}: choose another --out, or replace it with --force"
         )
     with _progress() as show:
         report = build(chosen, target, base=base, device=device, questions=questions, progress=show)

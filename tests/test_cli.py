@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from models import EXAMPLE
+from models import BUNDLED, EXAMPLE
+from safetensors.torch import load_file, save_file
 
 from gemma_opt.recipe import Recipe
 
@@ -51,6 +53,20 @@ def test_compress_again_does_nothing(built: Path) -> None:
     result = run("compress", "small-int8-pruned", "--out", str(built), "--set", "sparsity.0.ratio=0.3")
     assert "already built" in result.stderr
     assert (built / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_compress_asks_for_the_base_weights_too(built: Path, tmp_path: Path) -> None:
+    """It once said "already built" of a checkpoint of other weights, where only the recipe was the same."""
+    other = tmp_path / "other"
+    shutil.copytree(BUNDLED, other)
+    same = ("compress", "small-int8-pruned", "--out", str(built), "--set", "sparsity.0.ratio=0.3", "--base", str(other))
+    assert "already built" in run(*same).stderr  # the same bytes under another name
+    tensors = load_file(other / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    result = run(*same, code=2)
+    assert result.stderr.startswith("error: E2000 ")
+    assert "not built from the same base weights" in result.stderr
 
 
 def test_compress_does_not_overwrite_another_folder(built: Path) -> None:

@@ -14,7 +14,7 @@ TIERS = {
     1: ("layout", "policy", "gemma", "fetching", "images", "prompt", "text", "calibration"),
     2: ("sparsity", "lowrank", "distill", "quantization", "inspection", "sizing"),
     3: ("pipeline", "checkpoint", "engine"),
-    4: ("environment", "loading", "service", "cancellation", "request_inputs", "evaluation", "serving"),
+    4: ("environment", "identity", "loading", "service", "cancellation", "request_inputs", "evaluation", "serving"),
     5: ("build", "report", "throughput"),
     6: ("cli", "__main__"),
 }

@@ -31,6 +31,7 @@ from gemma_opt.loading import Source, dense_recipe
 from gemma_opt.policy import plan as make_plan
 from gemma_opt.recipe import Recipe
 from gemma_opt.service import Request, Service
+from gemma_opt.staging import staging, storage_errors
 
 QUIZ_SEED = 1
 PERPLEXITY_PICTURES = 20
@@ -103,7 +104,7 @@ def build(
     needed = make_plan(loaded.model, recipe).bytes + OVERHEAD_BYTES
     identity = identity_of(recipe, files)
     work = _Work.of(recipe, identity, loaded, out, place)
-    with checkpoint.staging(out, needed) as folder:
+    with staging(out, needed) as folder:
         base_quality = _evaluate_base(str(files.path), device, questions, progress) if questions else None
         plan = pipeline.compress(loaded.model, recipe, progress, work.calibration, work.distill)
         _refuse_broken_logits(loaded.model)
@@ -122,7 +123,8 @@ def build(
             finally:
                 service.close()
         if recipe.compile.targets:
-            save_artifacts(folder / checkpoint.COMPILE_CACHE)
+            with storage_errors(out):
+                save_artifacts(folder / checkpoint.COMPILE_CACHE)
         report = BuildReport(
             folder=out,
             recipe=recipe,
@@ -134,7 +136,8 @@ def build(
             quality=quality,
             smoke_answer=smoke,
         )
-        (folder / checkpoint.QUALITY).write_text(json.dumps(report.to_json(), indent=1), "utf-8")
+        with storage_errors(out):
+            (folder / checkpoint.QUALITY).write_text(json.dumps(report.to_json(), indent=1), "utf-8")
         checkpoint.seal(folder, checkpoint.read_manifest(folder).with_measured(report.to_json()))
     work.store.clear()
     return report

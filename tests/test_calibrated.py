@@ -23,6 +23,7 @@ from gemma_opt.recipe import Recipe
 from gemma_opt.sparsity import masks, quadratic, scores, sparsify_, structured
 from gemma_opt.sparsity.allocation import sensitivity_counts
 from gemma_opt.sparsity.sparsegpt import sparsegpt
+from gemma_opt.staging import staging
 from tests.shapes import gemma_4b, small_text_model
 from tests.test_calibration import linears, plain_inputs
 
@@ -408,7 +409,7 @@ def test_a_compact_checkpoint_is_the_model_that_was_saved(tmp_path: Path) -> Non
     assert assert_calibration is not None
     data = CalibrationData(draw_samples(assert_calibration, processing()), Store())
     layers = inspection.measure(model, pipeline.compress(model, recipe, data=data))
-    with checkpoint.staging(tmp_path / "out", 0) as folder:
+    with staging(tmp_path / "out", 0) as folder:
         checkpoint.write(folder, model, processing(), recipe, layers, {"name": "small-gemma3"})
     loaded = checkpoint.load(tmp_path / "out", torch.device("cpu"))
     width = loaded.model.config.get_text_config().intermediate_size

@@ -109,9 +109,9 @@ def build(
         plan = pipeline.compress(loaded.model, recipe, progress, work.calibration, work.distill)
         _refuse_broken_logits(loaded.model)
         layers = inspection.measure(loaded.model, plan)
-        checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
-        if recipe.engine.kind == "fast" and place.type == "cuda":
+        if recipe.engine.kind == "fast" and place.type == "cuda":  # before the folder is sealed: what it holds then is all
             tune(take_weights(loaded.model, release=False, arrange=arrangement(place)), folder / checkpoint.COMPILE_CACHE)
+        checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
         del loaded
         with keeping_compiled(folder / checkpoint.COMPILE_CACHE):
             service = Service.load(Source(recipe, folder), device)

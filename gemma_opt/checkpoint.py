@@ -173,7 +173,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with its recorded size and sha256. Raises CorruptCheckpoint that lists all offenders."""
+    """Compare every file with its recorded size and sha256. Raises CorruptCheckpoint that lists all offenders.
+
+    Weights and compiled code that the manifest does not name are offenders too: nobody has hashed them.
+    """
 
     def fault(name: str, record: FileRecord) -> str | None:
         path = folder / name
@@ -185,6 +188,8 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         faults = [row for row in pool.map(fault, manifest.files, manifest.files.values()) if row]
+    strange = sorted(set(_files_of(folder)) - manifest.files.keys())
+    faults += [f"{name}: not in the manifest" for name in strange if _is_weights(name) or name.startswith(f"{COMPILE_CACHE}/")]
     if faults:
         raise CorruptCheckpoint(
             f"{folder} is damaged:\n" + "\n".join(faults) + "\nBuild it again with: python -m gemma_opt compress"
@@ -207,15 +212,20 @@ def load(folder: Path, device: torch.device) -> Checkpoint:
         raise CorruptCheckpoint(error.message) from None
     lowrank.empty_like_plan_(model, plan)
     empty_like_plan_(model, plan)
-    _fill_(model, _read_tensors(folder, device), folder)
+    shards = [folder / name for name in sorted(manifest.files) if _is_weights(name)]
+    _fill_(model, _read_tensors(shards, device), folder)
     nn.Module.to(model, device)  # the buffers that no checkpoint stores
     return Checkpoint(model, processing, recipe, plan, manifest)
 
 
-def _read_tensors(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    """All tensors of all shards, as stored."""
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _read_tensors(shards: list[Path], device: torch.device) -> dict[str, Tensor]:
+    """All tensors of these files, as stored."""
     tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("model-*.safetensors")):
+    for file in shards:
         try:
             tensors |= load_file(file, device=str(device))
         except SafetensorError as error:

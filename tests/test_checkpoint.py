@@ -187,9 +187,24 @@ def another_dtype(folder: Path) -> None:
     reseal(folder)
 
 
+def leave_stale_weights(folder: Path) -> None:
+    """They were loaded without a hash: whoever could add a file could replace any tensor."""
+    file = next(folder.glob("*.safetensors"))
+    name = "model.language_model.norm.weight"
+    save_file({name: load_file(file)[name] + 1}, folder / "model-stale.safetensors")
+
+
+def add_compiled_code(folder: Path) -> None:
+    """Pickles that nobody has hashed would be run."""
+    (folder / "compile_cache" / "triton").mkdir(parents=True)
+    (folder / "compile_cache" / "triton" / "code.cubin").write_bytes(b"x")
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
+        (leave_stale_weights, "model-stale.safetensors: not in the manifest"),
+        (add_compiled_code, "compile_cache/triton/code.cubin: not in the manifest"),
         (another_dtype, "up_proj.weight_scale'] in other dtypes"),
         (flip_a_byte, "wrong sha256"),
         (truncate, "bytes,"),

@@ -104,6 +104,16 @@ def test_sensitivity_counts_add_up_and_lie_halfway() -> None:
     assert sensitivity_counts([3, 8, 0], [7, 11, 4], 0.5) == [3, 7, 1]
 
 
+@pytest.mark.parametrize("ratios", [(0.5, 0.2), (0.2, 0.5)])
+def test_a_layer_of_two_stages_shows_the_larger_ratio(ratios: tuple[float, float]) -> None:
+    """The finished plan said what the last stage asked, 0.2 of a layer that had lost half."""
+    recipe = rules(*({"method": "magnitude", "ratio": ratio, "roles": ["up"]} for ratio in ratios))
+    model = small_text_model()
+    expected = plan(model, recipe)
+    assert {row.ratio for row in pipeline.compress(model, recipe).rows if row.role == "up"} == {0.5}
+    assert {row.ratio for row in expected.rows if row.role == "up"} == {0.5}
+
+
 def naive_obs(weight: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
     """SparseGPT's update by the book: at each column the inverse Hessian of the columns from it on."""
     weight = weight.clone().double()

@@ -378,9 +378,12 @@ def _print_report(report: BuildReport) -> None:
     table.add_row("zeros in text linears", "", f"{report.sparsity:.2%}")
     if report.base_quality and report.quality:
         table.add_row("perplexity", f"{report.base_quality.perplexity:.4f}", f"{report.quality.perplexity:.4f}")
-        if report.base_quality.quiz and report.quality.quiz:
-            title = f"chart answers ({report.quality.quiz.questions})"
-            table.add_row(title, f"{report.base_quality.quiz.accuracy:.1%}", f"{report.quality.quiz.accuracy:.1%}")
+    if found := report.agreement:
+        table.add_row("KL to the base, nats/token", "", f"{found.kl:.5f}")
+        table.add_row("top-1 agreement with the base", "", f"{found.top1:.2%} of {found.tokens:,} tokens")
+    if report.base_quality and report.quality and report.base_quality.quiz and report.quality.quiz:
+        title = f"chart answers ({report.quality.quiz.questions})"
+        table.add_row(title, f"{report.base_quality.quiz.accuracy:.1%}", f"{report.quality.quiz.accuracy:.1%}")
     _console().print(table)
     typer.echo(
         f"built in {report.seconds:.0f} s; try: python -m gemma_opt predict {report.folder} -i prompt=… -i image=@picture.png",

@@ -38,6 +38,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert report["bytes"] < 0.6 * report["base_bytes"]
     assert report["base_quality"]["quiz"]["questions"] == 18
     assert report["quality"]["perplexity"] > 1
+    agreement = report["agreement"]
+    assert 0 < agreement["kl"] < 1
+    assert 0.5 < agreement["top1"] <= 1
+    assert agreement["tokens"] > 100
+    assert agreement["perplexity"] == report["quality"]["perplexity"]
     return out
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,19 +19,22 @@ from pathlib import Path
 import torch
 
 from gemma_opt import checkpoint, gemma, inspection, pipeline
-from gemma_opt.calibration import CalibrationData, Store, draw_samples, sources_identity
+from gemma_opt.calibration import CalibrationData, Store, draw_samples
 from gemma_opt.distill import DistillData
 from gemma_opt.engine.compilation import save_artifacts
 from gemma_opt.engine.kernels import arrangement
 from gemma_opt.engine.kernels.gpu import keeping_compiled, tune
 from gemma_opt.engine.weights import take_weights
 from gemma_opt.errors import WeightsError
-from gemma_opt.evaluation.perplexity import answer_perplexity, builtin_text, text_perplexity
+from gemma_opt.evaluation.agreement import Agreement, agreement
+from gemma_opt.evaluation.perplexity import Passage, answer_passages, builtin_text, text_passages
 from gemma_opt.evaluation.quiz import QuizScore, run_quiz
-from gemma_opt.loading import Source, dense_recipe
+from gemma_opt.identity import identity_of
+from gemma_opt.loading import Ready, Source, dense_recipe
 from gemma_opt.policy import plan as make_plan
 from gemma_opt.recipe import Recipe
 from gemma_opt.service import Request, Service
+from gemma_opt.staging import staging, storage_errors
 
 QUIZ_SEED = 1
 PERPLEXITY_PICTURES = 20
@@ -52,7 +57,10 @@ class Quality:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build cost and gained. Bytes of weights; base_bytes: of the base model in bfloat16."""
+    """What a build cost and gained. Bytes of weights; base_bytes: of the base model in bfloat16.
+
+    agreement: with the base, over the passages of the perplexities.
+    """
 
     folder: Path
     recipe: Recipe
@@ -62,6 +70,7 @@ class BuildReport:
     sparsity: float
     base_quality: Quality | None
     quality: Quality | None
+    agreement: Agreement | None
     smoke_answer: str
 
     def to_json(self) -> dict[str, object]:
@@ -74,6 +83,7 @@ class BuildReport:
             "sparsity": self.sparsity,
             "base_quality": self.base_quality.to_json() if self.base_quality else None,
             "quality": self.quality.to_json() if self.quality else None,
+            "agreement": self.agreement.to_json() if self.agreement else None,
             "smoke_answer": self.smoke_answer,
             "device": _device_name(),
             "versions": checkpoint.versions(),
@@ -100,28 +110,29 @@ def build(
     loaded = gemma.load_base(files, gemma.DTYPES[recipe.model.dtype], place)
     base_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     needed = make_plan(loaded.model, recipe).bytes + OVERHEAD_BYTES
-    identity = files.identity()
+    identity = identity_of(recipe, files)
     work = _Work.of(recipe, identity, loaded, out, place)
-    with checkpoint.staging(out, needed) as folder:
-        base_quality = _evaluate_base(str(files.path), device, questions, progress) if questions else None
+    with staging(out, needed) as folder:
         plan = pipeline.compress(loaded.model, recipe, progress, work.calibration, work.distill)
         _refuse_broken_logits(loaded.model)
         layers = inspection.measure(loaded.model, plan)
-        checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
-        if recipe.engine.kind == "fast" and place.type == "cuda":
+        if recipe.engine.kind == "fast" and place.type == "cuda":  # before the folder is sealed: what it holds then is all
             tune(take_weights(loaded.model, release=False, arrange=arrangement(place)), folder / checkpoint.COMPILE_CACHE)
+        checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
         del loaded
-        with keeping_compiled(folder / checkpoint.COMPILE_CACHE):
-            service = Service.load(Source(recipe, folder), device)
-            try:
+        with ExitStack() as opened:
+            with keeping_compiled(
+                folder / checkpoint.COMPILE_CACHE
+            ):  # of this model alone, not of the base it is compared with
+                service = opened.enter_context(closing(Service.load(Source(recipe, folder), device)))
                 smoke = "".join(
                     service.stream(Request(prompt=SMOKE_PROMPT, max_new_tokens=16, min_new_tokens=1, temperature=0.0))
                 )
-                quality = _evaluate(service, questions, "evaluate", progress) if questions else None
-            finally:
-                service.close()
+                quiz = _quiz(service, questions, "evaluate", progress)
+            found = _compare(service, quiz, str(files.path), device, questions, progress) if questions else _NOTHING
         if recipe.compiled:
-            save_artifacts(folder / checkpoint.COMPILE_CACHE)
+            with storage_errors(out):
+                save_artifacts(folder / checkpoint.COMPILE_CACHE)
         report = BuildReport(
             folder=out,
             recipe=recipe,
@@ -129,11 +140,13 @@ def build(
             base_bytes=2 * base_parameters,
             bytes=checkpoint.weight_bytes(folder),
             sparsity=inspection.linear_sparsity(layers),
-            base_quality=base_quality,
-            quality=quality,
+            base_quality=found.base,
+            quality=found.result,
+            agreement=found.agreement,
             smoke_answer=smoke,
         )
-        (folder / checkpoint.QUALITY).write_text(json.dumps(report.to_json(), indent=1), "utf-8")
+        with storage_errors(out):
+            (folder / checkpoint.QUALITY).write_text(json.dumps(report.to_json(), indent=1), "utf-8")
         checkpoint.seal(folder, checkpoint.read_manifest(folder).with_measured(report.to_json()))
     work.store.clear()
     return report
@@ -149,16 +162,11 @@ class _Work:
 
     @classmethod
     def of(cls, recipe: Recipe, identity: dict[str, object], base: gemma.Base, out: Path, device: torch.device) -> _Work:
-        """Read the data of a recipe; `identity` gains the hashes of its files and of another teacher's weights."""
+        """Read the data of a recipe. identity: see `identity_of`."""
         calibration = recipe.calibration if recipe.needs_calibration else None
         distill, load_teacher = recipe.distill, None
-        if calibration:
-            identity["calibration"] = sources_identity(calibration)
-        if distill:
-            identity["distill"] = sources_identity(distill.calibration, "distill.data")
         if distill and distill.teacher != "base":
             files = gemma.locate(distill.teacher, network=True)
-            identity["teacher"] = files.identity()
             gemma.refuse_other_tokenizer(files, base.processing)
             load_teacher = partial(_load_teacher, files, base.model.dtype, device)
         if not recipe.needs_data:
@@ -185,20 +193,39 @@ def _origin(recipe: Recipe, identity: dict[str, object], device: torch.device) -
     return {"recipe": made_from, "base": identity, "versions": checkpoint.versions(), "device": str(device)}
 
 
-def _evaluate_base(path: str, device: str | None, questions: int, progress: pipeline.Progress) -> Quality:
-    service = Service.load(Source(dense_recipe(path)), device)
-    try:
-        return _evaluate(service, questions, "evaluate the base", progress)
-    finally:
-        service.close()
+@dataclass(frozen=True)
+class _Found:
+    """Both models' quality, and how far one strays from the other."""
+
+    base: Quality | None
+    result: Quality | None
+    agreement: Agreement | None
 
 
-def _evaluate(service: Service, questions: int, title: str, progress: pipeline.Progress) -> Quality:
-    ready = service.ready
+_NOTHING = _Found(None, None, None)
+
+
+def _compare(
+    service: Service, quiz: QuizScore | None, base: str, device: str | None, questions: int, progress: pipeline.Progress
+) -> _Found:
+    """Measure the finished model beside its base, which is loaded for it: every passage goes through each of them once."""
+    with closing(Service.load(Source(dense_recipe(base)), device)) as dense:
+        base_quiz = _quiz(dense, questions, "evaluate the base", progress)
+        found = agreement(dense.ready, service.ready, _passages(service.ready))
+    return _Found(Quality(found.reference_perplexity, base_quiz), Quality(found.perplexity, quiz), found)
+
+
+def _passages(ready: Ready) -> Iterable[Passage]:
     if ready.processing.processor is None:
-        return Quality(text_perplexity(ready, builtin_text(), limit=PERPLEXITY_WINDOWS), None)
-    quiz = run_quiz(service, questions, QUIZ_SEED, progress=lambda done, total: progress(title, done, total))
-    return Quality(answer_perplexity(ready, PERPLEXITY_PICTURES, QUIZ_SEED), quiz)
+        return text_passages(ready, builtin_text(), limit=PERPLEXITY_WINDOWS)
+    return answer_passages(ready, PERPLEXITY_PICTURES, QUIZ_SEED)
+
+
+def _quiz(service: Service, questions: int, title: str, progress: pipeline.Progress) -> QuizScore | None:
+    """None for a text-only model, and where nothing is to be asked."""
+    if service.ready.processing.processor is None or not questions:
+        return None
+    return run_quiz(service, questions, QUIZ_SEED, progress=lambda done, total: progress(title, done, total))
 
 
 @torch.inference_mode()

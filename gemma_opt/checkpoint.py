@@ -7,14 +7,8 @@ strict: wrong hash, missing or surplus tensor, or anything left on the meta devi
 
 from __future__ import annotations
 
-import errno
-import os
 import platform
-import shutil
-import uuid
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gemma_opt import gemma, layout, lowrank
-from gemma_opt.errors import BaseModelError, CorruptCheckpoint, StorageError
+from gemma_opt.errors import BaseModelError, CorruptCheckpoint, RecipeError
 from gemma_opt.inspection import Layer
 from gemma_opt.policy import Plan, main_parameter
 from gemma_opt.quantization.weights import empty_like_plan_
 from gemma_opt.recipe import FLOATS, Recipe
+from gemma_opt.staging import storage_errors
 
 MANIFEST = "manifest.json"
 QUALITY = "quality.json"
@@ -80,43 +75,6 @@ class Checkpoint:
 # Writing
 
 
-@contextmanager
-def staging(out: Path, needed_bytes: int) -> Generator[Path]:
-    """A temporary folder that becomes `out` if the block succeeds and vanishes if it does not.
-
-    Raises StorageError (E3005) before anything is written if the disk has too little room.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < needed_bytes:
-            raise StorageError(f"{out.parent} has {free / 1e9:.1f} GB free, {needed_bytes / 1e9:.1f} GB are needed")
-        folder = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-        folder.mkdir()
-        try:
-            yield folder
-            _replace(folder, out)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(f"{out} cannot be written: {os.strerror(error.errno or errno.EIO)}") from None
-
-
-def _replace(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an older `out` is moved aside first and removed last."""
-    if not out.exists():
-        folder.rename(out)
-        return
-    aside = folder.with_suffix(".old")
-    out.rename(aside)
-    try:
-        folder.rename(out)
-    except OSError:
-        aside.rename(out)
-        raise
-    shutil.rmtree(aside)
-
-
 def write(
     folder: Path,
     model: gemma.GemmaModel,
@@ -125,14 +83,16 @@ def write(
     layers: list[Layer],
     base: dict[str, object],
 ) -> None:
-    """Write a whole checkpoint into an existing folder (see `staging`), the manifest last."""
+    """Write a whole checkpoint into an existing folder (see `staging`), the manifest last. Raises StorageError (E3005)."""
     plan = Plan(tuple(layer.row for layer in layers))
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
-    model.config.save_pretrained(folder)
-    if model.generation_config:
-        model.generation_config.save_pretrained(folder)
-    processing.save(folder)
-    _write_shards(folder, stored_tensors(model, plan))
+    tensors = stored_tensors(model, plan)
+    with storage_errors(folder):
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
+        model.config.save_pretrained(folder)
+        if model.generation_config:
+            model.generation_config.save_pretrained(folder)
+        processing.save(folder)
+        _write_shards(folder, tensors)
     rows = [row | {"measured": layer.to_json()} for row, layer in zip(plan.to_json(), layers, strict=True)]
     seal(folder, Manifest(recipe_digest=recipe.digest(), base=base, versions=versions(), plan=rows, measured={}, files={}))
 
@@ -146,11 +106,19 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def seal(folder: Path, manifest: Manifest) -> None:
-    """Record every file's hash and write the manifest, the last file of a folder."""
+    """Record every file's hash and write the manifest, the last file of a folder. Raises StorageError (E3005)."""
+    with storage_errors(folder):
+        files = {
+            name: FileRecord(bytes=(folder / name).stat().st_size, sha256=gemma.sha256_of(folder / name))
+            for name in _files_of(folder)
+        }
+        (folder / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=1), "utf-8")
+
+
+def _files_of(folder: Path) -> list[str]:
+    """Every file but the manifest, by its path in the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    files = [path.relative_to(folder).as_posix() for path in paths]
-    records = {name: FileRecord(bytes=(folder / name).stat().st_size, sha256=gemma.sha256_of(folder / name)) for name in files}
-    (folder / MANIFEST).write_text(manifest.model_copy(update={"files": records}).model_dump_json(indent=1), "utf-8")
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def stored_tensors(model: gemma.GemmaModel, plan: Plan) -> dict[str, Tensor]:
@@ -204,8 +172,19 @@ def read_manifest(folder: Path) -> Manifest:
         raise CorruptCheckpoint(f"{folder / MANIFEST} cannot be read: {str(error).splitlines()[0]}") from None
 
 
+def read_recipe(folder: Path) -> Recipe:
+    """recipe.yaml. Raises CorruptCheckpoint (E3002): what a build wrote can be read."""
+    try:
+        return Recipe.load(folder / "recipe.yaml")
+    except RecipeError as error:
+        raise CorruptCheckpoint(f"{folder / 'recipe.yaml'} cannot be read: {error.message}") from None
+
+
 def verify(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with its recorded size and sha256. Raises CorruptCheckpoint that lists all offenders."""
+    """Compare every file with its recorded size and sha256. Raises CorruptCheckpoint that lists all offenders.
+
+    Weights and compiled code that the manifest does not name are offenders too: nobody has hashed them.
+    """
 
     def fault(name: str, record: FileRecord) -> str | None:
         path = folder / name
@@ -217,9 +196,13 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         faults = [row for row in pool.map(fault, manifest.files, manifest.files.values()) if row]
+    strange = sorted(set(_files_of(folder)) - manifest.files.keys())
+    faults += [f"{name}: not in the manifest" for name in strange if _is_weights(name) or name.startswith(f"{COMPILE_CACHE}/")]
     if faults:
         raise CorruptCheckpoint(
-            f"{folder} is damaged:\n" + "\n".join(faults) + "\nBuild it again with: python -m gemma_opt compress"
+            f"{folder} is damaged:\n"
+            + "\n".join(faults)
+            + f"\nBuild it again with: python -m gemma_opt compress RECIPE --out {folder} --force"
         )
 
 
@@ -227,7 +210,7 @@ def load(folder: Path, device: torch.device) -> Checkpoint:
     """Load a finished checkpoint: hashes, strict tensors, ties. Raises CorruptCheckpoint."""
     manifest = read_manifest(folder)
     verify(folder, manifest)
-    recipe = Recipe.load(folder / "recipe.yaml")
+    recipe = read_recipe(folder)
     plan = Plan.from_json([{key: value for key, value in row.items() if key != "measured"} for row in manifest.plan])
     dtype = gemma.DTYPES[recipe.model.dtype]
     try:
@@ -239,15 +222,20 @@ def load(folder: Path, device: torch.device) -> Checkpoint:
         raise CorruptCheckpoint(error.message) from None
     lowrank.empty_like_plan_(model, plan)
     empty_like_plan_(model, plan)
-    _fill_(model, _read_tensors(folder, device), folder)
+    shards = [folder / name for name in sorted(manifest.files) if _is_weights(name)]
+    _fill_(model, _read_tensors(shards, device), folder)
     nn.Module.to(model, device)  # the buffers that no checkpoint stores
     return Checkpoint(model, processing, recipe, plan, manifest)
 
 
-def _read_tensors(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    """All tensors of all shards, as stored."""
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _read_tensors(shards: list[Path], device: torch.device) -> dict[str, Tensor]:
+    """All tensors of these files, as stored."""
     tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("model-*.safetensors")):
+    for file in shards:
         try:
             tensors |= load_file(file, device=str(device))
         except SafetensorError as error:

@@ -22,6 +22,7 @@ from gemma_opt.errors import GemmaOptError, InputError, UsageError
 if TYPE_CHECKING:
     from gemma_opt.build import BuildReport
     from gemma_opt.evaluation.suite import Evaluation
+    from gemma_opt.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Gemma 3, compressed once and served fast."
@@ -44,7 +45,7 @@ def compress(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in sparsity.0.ratio=0.3.")
     ] = None,
     questions: Annotated[int, typer.Option(min=0, help="Questions to evaluate base and result with; 0 skips it.")] = 100,
-    force: Annotated[bool, typer.Option("--force", help="Replace a finished checkpoint of another recipe.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a finished checkpoint.")] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -57,20 +58,35 @@ def compress(
     from gemma_opt.recipe import Recipe
 
     chosen = Recipe.load(recipe, tuple(overrides or ()))
-    target = out or loading.default_folder(chosen)
-    if not force and checkpoint.is_finished(target) and checkpoint.read_manifest(target).recipe_digest == chosen.digest():
-        typer.echo(f"{target} is already built from this recipe (--force builds it again)", err=True)
-        return
-    if target.exists() and not force:
-        raise UsageError(
-            f"{target} exists and was not built from this recipe: choose another --out, or replace it with --force"
-        )
+    target = (out or loading.default_folder(chosen)).resolve()
+    if checkpoint.is_finished(target):
+        if not force and (other := _unlike(target, chosen, base)):
+            raise UsageError(
+                f"{target} was not built from the same {' and '.join(other)}: choose another --out, or replace it with --force"
+            )
+        if not force:
+            typer.echo(f"{target} is already built from this recipe (--force builds it again)", err=True)
+            if as_json:
+                _print_json(json.loads((target / checkpoint.QUALITY).read_text("utf-8")))
+            return
+    elif target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(f"{target} is no checkpoint, and only checkpoints are replaced: choose another --out")
     with _progress() as show:
         report = build(chosen, target, base=base, device=device, questions=questions, progress=show)
     if as_json:
         _print_json(report.to_json())
     else:
         _print_report(report)
+
+
+def _unlike(folder: Path, recipe: Recipe, base: str | None) -> list[str]:
+    """What of a finished checkpoint is not as `recipe` has it."""
+    from gemma_opt import checkpoint
+    from gemma_opt.identity import differences
+
+    stored = checkpoint.read_recipe(folder)
+    sections = [f"{name} section" for name in ("engine", "compile") if getattr(stored, name) != getattr(recipe, name)]
+    return differences(checkpoint.read_manifest(folder), recipe, base) + sections
 
 
 @app.command()
@@ -390,9 +406,12 @@ def _print_report(report: BuildReport) -> None:
     table.add_row("zeros in text linears", "", f"{report.sparsity:.2%}")
     if report.base_quality and report.quality:
         table.add_row("perplexity", f"{report.base_quality.perplexity:.4f}", f"{report.quality.perplexity:.4f}")
-        if report.base_quality.quiz and report.quality.quiz:
-            title = f"chart answers ({report.quality.quiz.questions})"
-            table.add_row(title, f"{report.base_quality.quiz.accuracy:.1%}", f"{report.quality.quiz.accuracy:.1%}")
+    if found := report.agreement:
+        table.add_row("KL to the base, nats/token", "", f"{found.kl:.5f}")
+        table.add_row("top-1 agreement with the base", "", f"{found.top1:.2%} of {found.tokens:,} tokens")
+    if report.base_quality and report.quality and report.base_quality.quiz and report.quality.quiz:
+        title = f"chart answers ({report.quality.quiz.questions})"
+        table.add_row(title, f"{report.base_quality.quiz.accuracy:.1%}", f"{report.quality.quiz.accuracy:.1%}")
     _console().print(table)
     typer.echo(
         f"built in {report.seconds:.0f} s; try: python -m gemma_opt predict {report.folder} -i prompt=… -i image=@picture.png",

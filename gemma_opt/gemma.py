@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -83,11 +85,14 @@ class BaseFiles:
         return [self.path] if self.gguf else sorted(self.folder.glob("*.safetensors"))
 
     def identity(self) -> dict[str, object]:
-        """Name, revision and sha256 of every weight file: what a manifest records as its base."""
+        """Name, revision and sha256 of every weight file: what a manifest records as its base. Read once a process."""
+        files = self.weight_files()
+        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+            hashes = list(pool.map(_known_sha256, files, [path.stat() for path in files]))
         return {
             "name": self.name,
             "revision": self.revision,
-            "files": {path.name: sha256_of(path) for path in self.weight_files()},
+            "files": {path.name: found for path, found in zip(files, hashes, strict=True)},
         }
 
 
@@ -104,6 +109,16 @@ def sha256_of(path: Path) -> str:
     """sha256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _known_sha256(path: Path, state: os.stat_result) -> str:
+    return _sha256_as_of(path, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _sha256_as_of(path: Path, size: int, changed_ns: int) -> str:
+    """Hashing 8 GB takes seconds: once, as long as the file looks the same."""
+    return sha256_of(path)
 
 
 def device_of(name: str | None = None) -> torch.device:

@@ -54,7 +54,7 @@ def resolve(argument: str) -> Source:
     """
     path = Path(argument).expanduser()
     if checkpoint.is_finished(path):
-        return Source(Recipe.load(path / "recipe.yaml"), path)
+        return Source(checkpoint.read_recipe(path), path)
     if (path / "config.json").is_file() or path.suffix == ".gguf" or argument in gemma.BUNDLED:
         return Source(dense_recipe(argument))
     try:

@@ -32,7 +32,7 @@ def compress(
     data: CalibrationData | None = None,
     distill_data: DistillData | None = None,
 ) -> Plan:
-    """Compress `model` in place as the recipe says. Returns the plan, with the ratios that were really asked of layers.
+    """Compress `model` in place as the recipe says. Returns the plan, with the largest ratio really asked of each layer.
 
     data, distill_data: for recipes with `needs_calibration` and with a distill section; what their stores already hold is
     not done again. Raises WeightsError (NaN, infinite or missing weights, a training that diverges), PlanError (the recipe
@@ -60,7 +60,7 @@ def compress(
             data=data and replace(data, store=data.store.section(f"{number}.")),
         )
         planned_weights(model, after.rows)  # raises where a stage left another shape than planned
-        ratios |= {name: result.asked for name, result in results.items()}
+        ratios |= {name: max(result.asked, ratios.get(name, 0.0)) for name, result in results.items()}
     planned = plans[len(recipe.sparsity)].with_ratios(ratios)
     if recipe.lowrank:
         given = data and replace(data, store=data.store.section("lowrank."))

@@ -30,12 +30,13 @@ def gemma_270m() -> Gemma3ForCausalLM:
         return Gemma3ForCausalLM(named_config("gemma-3-270m"))  # type: ignore[arg-type]
 
 
-def small_text_model(seed: int = 0) -> Gemma3ForCausalLM:
+def small_text_model(seed: int = 0, intermediate: int = 48) -> Gemma3ForCausalLM:
     """A text-only Gemma 3 of 20,000 parameters, float32: one sliding layer (window 8) and one full layer, grouped heads."""
     config = Gemma3TextConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, query_pre_attn_scalar=12, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
-        max_position_embeddings=256, initializer_range=0.1, bos_token_id=2, eos_token_id=1, pad_token_id=0,
+        vocab_size=128, hidden_size=32, intermediate_size=intermediate, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=12, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"], max_position_embeddings=256, initializer_range=0.1,
+        bos_token_id=2, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -25,6 +25,7 @@ from gemma_opt.quantization.observers import Observed
 from gemma_opt.quantization.rows import fitted_fp8_rows, fp8_rows, int8_rows
 from gemma_opt.quantization.smoothing import smooth_
 from gemma_opt.recipe import TEXT_ROLES, Recipe
+from gemma_opt.staging import staging
 
 CPU = torch.device("cpu")
 STATIC = Recipe.load("small-int8-static", ("calibration.windows=8",))
@@ -211,7 +212,7 @@ def build(recipe: Recipe, folder: Path, store: Store | None = None) -> None:
     assert assert_recipe is not None
     data = CalibrationData(draw_samples(assert_recipe, processing()), store or Store())
     layers = inspection.measure(model, pipeline.compress(model, recipe, data=data))
-    with checkpoint.staging(folder, 0) as staged:
+    with staging(folder, 0) as staged:
         checkpoint.write(staged, model, processing(), recipe, layers, {"name": "small-gemma3"})
 
 

@@ -23,6 +23,7 @@ from gemma_opt.recipe import Recipe
 from gemma_opt.sparsity import masks, quadratic, scores, sparsify_, structured
 from gemma_opt.sparsity.allocation import sensitivity_counts
 from gemma_opt.sparsity.sparsegpt import sparsegpt
+from gemma_opt.staging import staging
 from tests.shapes import gemma_4b, small_text_model
 from tests.test_calibration import linears, plain_inputs
 
@@ -101,6 +102,16 @@ def test_global_counts_equal_a_plain_sort(ratio: float) -> None:
 def test_sensitivity_counts_add_up_and_lie_halfway() -> None:
     assert sensitivity_counts([100, 0], [100, 100], 0.5) == [75, 25]
     assert sensitivity_counts([3, 8, 0], [7, 11, 4], 0.5) == [3, 7, 1]
+
+
+@pytest.mark.parametrize("ratios", [(0.5, 0.2), (0.2, 0.5)])
+def test_a_layer_of_two_stages_shows_the_larger_ratio(ratios: tuple[float, float]) -> None:
+    """The finished plan said what the last stage asked, 0.2 of a layer that had lost half."""
+    recipe = rules(*({"method": "magnitude", "ratio": ratio, "roles": ["up"]} for ratio in ratios))
+    model = small_text_model()
+    expected = plan(model, recipe)
+    assert {row.ratio for row in pipeline.compress(model, recipe).rows if row.role == "up"} == {0.5}
+    assert {row.ratio for row in expected.rows if row.role == "up"} == {0.5}
 
 
 def naive_obs(weight: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
@@ -408,7 +419,7 @@ def test_a_compact_checkpoint_is_the_model_that_was_saved(tmp_path: Path) -> Non
     assert assert_calibration is not None
     data = CalibrationData(draw_samples(assert_calibration, processing()), Store())
     layers = inspection.measure(model, pipeline.compress(model, recipe, data=data))
-    with checkpoint.staging(tmp_path / "out", 0) as folder:
+    with staging(tmp_path / "out", 0) as folder:
         checkpoint.write(folder, model, processing(), recipe, layers, {"name": "small-gemma3"})
     loaded = checkpoint.load(tmp_path / "out", torch.device("cpu"))
     width = loaded.model.config.get_text_config().intermediate_size

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from models import EXAMPLE
+from models import BUNDLED, EXAMPLE
+from safetensors.torch import load_file, save_file
 
 from gemma_opt import cli
 from gemma_opt.gemma import text_layers
@@ -41,6 +43,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert report["bytes"] < 0.6 * report["base_bytes"]
     assert report["base_quality"]["quiz"]["questions"] == 18
     assert report["quality"]["perplexity"] > 1
+    agreement = report["agreement"]
+    assert 0 < agreement["kl"] < 1
+    assert 0.5 < agreement["top1"] <= 1
+    assert agreement["tokens"] > 100
+    assert agreement["perplexity"] == report["quality"]["perplexity"]
     return out
 
 
@@ -56,6 +63,47 @@ def test_compress_again_does_nothing(built: Path) -> None:
     result = run("compress", "small-int8-pruned", "--out", str(built), "--set", "sparsity.0.ratio=0.3")
     assert "already built" in result.stderr
     assert (built / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_compress_of_what_is_built_prints_its_figures_as_json(built: Path) -> None:
+    result = run("compress", "small-int8-pruned", "--out", str(built), "--set", "sparsity.0.ratio=0.3", "--json")
+    assert json.loads(result.stdout) == json.loads((built / "quality.json").read_text())
+
+
+def test_compress_says_which_section_is_not_as_built(built: Path) -> None:
+    """Engine settings are not in the digest: a larger context was asked for, and "already built" was the answer."""
+    same = ("compress", "small-int8-pruned", "--out", str(built), "--set", "sparsity.0.ratio=0.3")
+    assert "engine section" in run(*same, "--set", "engine.slots=4", code=2).stderr
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "base model"])
+def test_force_replaces_checkpoints_and_nothing_else(tmp_path: Path, kind: str) -> None:
+    """It once replaced whatever folder --out named."""
+    place = tmp_path / "precious"
+    if kind == "file":
+        place.write_text("thesis")
+    elif kind == "folder":
+        place.mkdir()
+        (place / "thesis.txt").write_text("thesis")
+    else:
+        shutil.copytree(BUNDLED, place)
+    before = sorted(tmp_path.rglob("*"))
+    assert "no checkpoint" in run("compress", "small-int8", "--out", str(place), "--force", code=2).stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_compress_asks_for_the_base_weights_too(built: Path, tmp_path: Path) -> None:
+    """It once said "already built" of a checkpoint of other weights, where only the recipe was the same."""
+    other = tmp_path / "other"
+    shutil.copytree(BUNDLED, other)
+    same = ("compress", "small-int8-pruned", "--out", str(built), "--set", "sparsity.0.ratio=0.3", "--base", str(other))
+    assert "already built" in run(*same).stderr  # the same bytes under another name
+    tensors = load_file(other / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    result = run(*same, code=2)
+    assert result.stderr.startswith("error: E2000 ")
+    assert "not built from the same base weights" in result.stderr
 
 
 def test_compress_does_not_overwrite_another_folder(built: Path) -> None:

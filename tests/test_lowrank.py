@@ -20,6 +20,7 @@ from gemma_opt.lowrank import LowRankLinear, decompose, whitening
 from gemma_opt.policy import Role, plan, role_of
 from gemma_opt.prompt import PromptEncoder, single_turn
 from gemma_opt.recipe import Recipe
+from gemma_opt.staging import staging
 from tests.shapes import gemma_4b, small_text_model
 from tests.test_calibration import plain_inputs
 
@@ -268,7 +269,7 @@ def test_a_checkpoint_is_the_model_that_was_saved(stored: object, tmp_path: Path
     data = CalibrationData(draw_samples(recipe.calibration, processing()), Store())
     planned = pipeline.compress(model, recipe, data=data)
     layers = inspection.measure(model, planned)
-    with checkpoint.staging(tmp_path / "out", 0) as folder:
+    with staging(tmp_path / "out", 0) as folder:
         checkpoint.write(folder, model, processing(), recipe, layers, {"name": "small-gemma3"})
     loaded = checkpoint.load(tmp_path / "out", torch.device("cpu"))
     saved, found = (checkpoint.stored_tensors(item, planned) for item in (model, loaded.model))

@@ -107,6 +107,24 @@ def test_written_recipes_spell_options_out_so_that_new_defaults_cannot_change_th
     assert tree["roles"] == {"vision": "int8", "projector": "bf16", "embedding": "int8", "head": "tied"}
 
 
+@pytest.mark.parametrize("stored", ["int8_dynamic", "int4", "int8_dynamic_int4", "fp8_dynamic", "int8_static", "fp8_static"])
+def test_a_written_null_survives_where_the_default_is_a_number(stored: str) -> None:
+    """recipe.yaml once left every null out: `smooth: null` came back as 0.5, another recipe with another digest."""
+    overrides = (f"quantization.default={{format: {stored}, smooth: null}}", "calibration={source: [charts]}")
+    recipe = Recipe.load("small-int8", overrides)
+    again = Recipe.from_tree(yaml.safe_load(recipe.to_yaml()), "again")
+    assert again == recipe
+    assert (
+        again.digest()
+        == recipe.digest()
+        != Recipe.load("small-int8", (overrides[0].replace("null", "0.4"), overrides[1])).digest()
+    )
+
+
+def test_nulls_that_are_defaults_are_not_written() -> None:
+    assert "null" not in Recipe.load("small-int8").to_yaml()
+
+
 def test_fp32_weights_need_fp32_activations() -> None:
     with pytest.raises(RecipeError, match="fp32 weights need"):
         Recipe.load("gemma-3-4b-int8", ("quantization.default=fp32",))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_opt.calibration.samples import Sample
+from gemma_opt.staging import storage_errors
 
 ORIGIN = "origin.json"
 
@@ -47,15 +48,17 @@ class Store:
             return None  # a damaged piece is made again
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors under a name."""
+        """Keep tensors under a name. Raises StorageError (E3005)."""
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / ORIGIN).write_text(self._origin, "utf-8")
-        file = self._file(self._folder, name)
-        partial = file.with_suffix(".partial")
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial)
-        os.replace(partial, file)
+        kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        with storage_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / ORIGIN).write_text(self._origin, "utf-8")
+            file = self._file(self._folder, name)
+            partial = file.with_suffix(".partial")
+            save_file(kept, partial)
+            os.replace(partial, file)
 
     def remove(self, name: str) -> None:
         """Forget what was saved under a name, if anything was."""

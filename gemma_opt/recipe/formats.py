@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from gemma_opt.recipe.section import Section
 
@@ -37,10 +37,9 @@ class _Format(Section):
     def needs_data(self) -> bool:
         return False
 
-    @model_serializer(mode="wrap")
-    def _shortest(self, whole: SerializerFunctionWrapHandler) -> object:
-        tree = whole(self)
-        return tree["format"] if len(tree) == 1 else tree
+    def _tree(self, tree: dict[str, object], *, exclude_none: bool) -> object:
+        whole = super()._tree(tree, exclude_none=exclude_none)
+        return tree["format"] if whole == {"format": tree["format"]} else whole
 
     def __str__(self) -> str:
         return str(getattr(self, "format"))  # noqa: B009 (every subclass has it, as its tag)

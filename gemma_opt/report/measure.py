@@ -18,6 +18,7 @@ from gemma_opt.engine.interface import SamplingParams
 from gemma_opt.errors import UsageError
 from gemma_opt.evaluation.perplexity import builtin_text
 from gemma_opt.evaluation.suite import Evaluation, Measures, Progress, evaluate
+from gemma_opt.identity import differences
 from gemma_opt.loading import Source, default_folder, dense_recipe
 from gemma_opt.prompt import EncodedPrompt
 from gemma_opt.recipe import Recipe
@@ -121,15 +122,11 @@ def compare(
 
 
 def _finished(recipe: Recipe, base: str, folder: Path, device: str | None, progress: Progress) -> Path:
-    """The recipe's checkpoint on exactly this base: the usual one if it fits, else the report's own, built if need be."""
-    files = gemma.locate(recipe.model, base)
-    weights = files.identity()["files"]
+    """The recipe's checkpoint of exactly this base and data: the usual one if it fits, else the report's own."""
     own = folder / recipe.name
     for place in (default_folder(recipe), own):
-        if checkpoint.is_finished(place):
-            manifest = checkpoint.read_manifest(place)
-            if manifest.recipe_digest == recipe.digest() and manifest.base["files"] == weights:
-                return place
+        if checkpoint.is_finished(place) and not differences(checkpoint.read_manifest(place), recipe, base):
+            return place
     build(
         recipe,
         own,

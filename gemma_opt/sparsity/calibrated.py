@@ -164,7 +164,8 @@ def _sensitivity(run: _Run) -> dict[str, Sensitivity]:
         saved = {f"{name}.input_square": item.input_square for name, item in found.items()}
         saved |= {f"{name}.gradient_square": item.gradient_square for name, item in found.items()}
         data.store.save(_SENSITIVITY, saved)
-    return {name: Sensitivity(saved[f"{name}.input_square"], saved[f"{name}.gradient_square"]) for name in names}
+    parts = ("input_square", "gradient_square")
+    return {name: Sensitivity(*(saved[f"{name}.{part}"].to(run.weights[name].device) for part in parts)) for name in names}
 
 
 def _need(run: _Run) -> tuple[GemmaModel, CalibrationData]:
@@ -174,10 +175,10 @@ def _need(run: _Run) -> tuple[GemmaModel, CalibrationData]:
 
 
 def _set_all_(run: _Run, new: NewWeights) -> None:
-    """Put new weights in place, in the dtype the model computes in; a linear's features follow its shape."""
+    """Put new weights in place, on the device and in the dtype of the old; a linear's features follow its shape."""
     for name, value in new.items():
         parameter = run.weights[name]
-        parameter.data = value.to(parameter.dtype).contiguous()
+        parameter.data = value.to(parameter.device, parameter.dtype).contiguous()
         linear = cast(GemmaModel, run.model).get_submodule(name)
         if isinstance(linear, nn.Linear):
             linear.out_features, linear.in_features = value.shape

@@ -30,7 +30,7 @@ def sparsegpt(
     if int(failed):
         raise WeightsError(f"the inverse Hessian of {weight.shape[1]} inputs is not positive definite: raise `damping`")
     weight, frozen = weight.clone(), weight == 0
-    spent = torch.zeros(weight.shape[0] if pattern == "per_row" else 1, dtype=torch.int64)
+    spent = torch.zeros(weight.shape[0] if pattern == "per_row" else 1, dtype=torch.int64, device=weight.device)
     width = BLOCK if isinstance(pattern, str) else BLOCK - BLOCK % pattern[1]
     for start in range(0, weight.shape[1], width):
         stop = min(start + width, weight.shape[1])

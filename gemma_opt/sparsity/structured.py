@@ -22,7 +22,7 @@ def choose_channels(wanted: Tensor, quadratic: Quadratic, keep: int, row_weight:
     """
     columns = wanted if row_weight is None else wanted * row_weight.sqrt()[:, None]
     columns, inverse = columns.clone(), quadratic.inverse
-    alive = torch.ones(columns.shape[1], dtype=torch.bool)
+    alive = torch.ones(columns.shape[1], dtype=torch.bool, device=columns.device)
     while (surplus := int(alive.sum()) - keep) > 0:
         cost = (columns.square().sum(dim=0) / inverse.diagonal()).masked_fill(~alive, torch.inf)
         here = cost.argsort(stable=True)[: max(1, min(surplus, (len(alive) - keep) // ROUNDS))]

@@ -1,8 +1,8 @@
 """What a recipe will need before anything is built: memory by role and format, KV cache, and the speed bandwidth allows.
 
-Arithmetic on shapes only: the model lies on the meta device. Weights and KV cache are exact; the workspace is an estimate
-(see `_workspace_bytes`). The speeds are upper bounds: at one request a decode step reads every weight of the text model
-once and the whole KV cache, and no GPU does that faster than its memory bandwidth. Real engines reach 40 to 80 % of it.
+Arithmetic on shapes only: the model lies on the meta device. Weights and KV cache are exact; the workspace is what the fast
+engine takes on a GPU (see `workspace`). The speeds are upper bounds: at one request a decode step reads every weight of the
+text model once and the whole KV cache, and no GPU does that faster than its memory bandwidth. Real engines reach 40 to 80 %.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gemma_opt.policy import Plan, PlanRow, Role
 from gemma_opt.policy import plan as make_plan
 from gemma_opt.recipe import FLOATS, Recipe, Tied
 from gemma_opt.shapes import TEXT, shape_name
+from gemma_opt.workspace import Workspace, workspace
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Sizing:
     position: int
     weights: tuple[Weights, ...]
     kv: KvCache
-    workspace_bytes: int
+    workspace: Workspace
 
     @property
     def stored_bytes(self) -> int:
@@ -113,7 +114,7 @@ class Sizing:
     @property
     def total_bytes(self) -> int:
         """Peak: weights, full KV cache, workspace."""
-        return self.resident_bytes + self.kv_bytes + self.workspace_bytes
+        return self.resident_bytes + self.kv_bytes + self.workspace.total
 
     def tokens_per_second(self, gpu: Gpu, slots: int = 1) -> float:
         """Upper bound of decoded tokens a second, all of `slots` busy slots together, at `position`."""
@@ -128,6 +129,7 @@ class Sizing:
             "weight_bytes_read_per_token": self.read_bytes,
             "kv_bytes_per_slot": self.kv.bytes_at(self.context),
             "kv_bytes_read_per_token": self.kv.bytes_at(self.position),
+            "workspace_bytes": self.workspace.total,
             "total_bytes": self.total_bytes,
             "gpus": [
                 asdict(gpu)
@@ -178,7 +180,7 @@ def size_up(
         position=min(position, context),
         weights=weights_by_role(planned, dtype),
         kv=kv_cache(config, dtype, settings.lookup),
-        workspace_bytes=_workspace_bytes(config, dtype, context, slots),
+        workspace=workspace(config, planned, dtype, context, slots, settings.prefill_chunk),
     )
 
 
@@ -225,20 +227,16 @@ def kv_cache(config: gemma.GemmaConfig, dtype: torch.dtype, guesses: int = 0) ->
     return KvCache(text.sliding_window + guesses, layer * len(text.layer_types), layer * full)
 
 
-def _workspace_bytes(config: gemma.GemmaConfig, dtype: torch.dtype, context: int, slots: int) -> int:
-    """Estimate: activations of the larger of one whole prefill and one picture, and two fp32 rows of logits a slot.
-
-    Live at once in an MLP: residual, input and output of the hidden size; gate, up and their product. In SigLIP: the same
-    three and both sides of the activation. Eager int8 needs one weight more in `dtype`; the fused kernels do not.
-    """
-    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    prefill = context * (3 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
-    patches = 0 if vision is None else (vision.image_size // vision.patch_size) ** 2
-    picture = 0 if vision is None else patches * (3 * vision.hidden_size + 2 * vision.intermediate_size) * dtype.itemsize
-    return max(prefill, picture) + 2 * 4 * slots * text.vocab_size
-
-
 # Tables for people
+
+_WORKSPACE = {
+    "pictures": "cache of encoded pictures, full",
+    "libraries": "cuBLAS",
+    "step": "logits, seen tokens, intermediates of a step",
+    "prefill": "a chunk of a prompt, while it is read",
+    "picture": "a picture, while it is encoded",
+    "sampling": "tokens being drawn with every filter",
+}
 
 
 def memory_table(sizing: Sizing) -> Table:
@@ -261,7 +259,14 @@ def memory_table(sizing: Sizing) -> Table:
     kv = sizing.kv
     growth = f"{kv.token_bytes / 1024:g} KiB a token to {kv.window:,}, then {kv.late_token_bytes / 1024:g}"
     table.add_row("KV cache", growth, "", "", _size(sizing.kv_bytes), _size(kv.bytes_at(sizing.position)))
-    table.add_row("workspace", "estimate", "", "", _size(sizing.workspace_bytes), "")
+    space = sizing.workspace
+    for name in ("pictures", "libraries", "step"):
+        table.add_row("workspace", _WORKSPACE[name], "", "", _size(getattr(space, name)), "")
+    rest = space.lasting - space.pictures - space.libraries - space.step
+    table.add_row("workspace", "RoPE tables, inputs of recordings, rearranged scales and norms", "", "", _size(rest), "")
+    passing = {name: getattr(space, name) for name in ("prefill", "picture", "sampling")}
+    largest = max(passing, key=lambda name: passing[name])
+    table.add_row("workspace", _WORKSPACE[largest], "", "", _size(space.passing), "")
     return table
 
 

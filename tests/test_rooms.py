@@ -12,7 +12,7 @@ PACKAGE = Path(gemma_opt.__file__).parent
 TIERS = {
     0: ("errors", "recipe", "charts", "shapes", "onednn", "staging"),
     1: ("layout", "policy", "gemma", "fetching", "images", "prompt", "text", "calibration"),
-    2: ("sparsity", "lowrank", "distill", "quantization", "inspection", "sizing"),
+    2: ("sparsity", "lowrank", "distill", "quantization", "inspection", "sizing", "workspace"),
     3: ("pipeline", "checkpoint", "engine"),
     4: ("environment", "identity", "loading", "service", "cancellation", "request_inputs", "evaluation", "serving"),
     5: ("build", "report", "throughput"),

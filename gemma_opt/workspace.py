@@ -15,13 +15,11 @@ from gemma_opt.policy import Plan, PlanRow, Role
 from gemma_opt.recipe import FLOATS, TEXT_ROLES, Int4, Int8DynamicInt4
 
 CHUNK_SIZES = (32, 64, 128, 288, 512)  # engine.graphs
-PICTURE_CACHE_BYTES = 128 * 2**20  # engine.pictures
+PICTURE_CACHE_BYTES = 32 * 2**20  # engine.pictures
 PIECE_BYTES = 32 * 2**20  # engine.kernels.triton_library
 ATTENTION_RUNS = 16  # engine.kernels.triton_attention.SPLITS
-LIBRARY_BYTES = 32 * 2**20  # torch's cuBLAS workspace for each stream on Hopper; 8 MiB on other GPUs
-STREAMS = 2  # the engine's own and that of its recordings
+LIBRARY_BYTES = 32 * 2**20  # torch's cuBLAS workspace on Hopper, of the stream of recordings; 8 MiB on other GPUs
 SAMPLER_BYTES = 45  # a token of the vocabulary beside its logit, in a step with every filter (engine.batch.Level.ALL)
-SCORE_BYTES = 13  # a score of attention in torch's unfused form: float32 scores, softmax and result, and a mask
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def workspace(config: gemma.GemmaConfig, planned: Plan, dtype: torch.dtype, cont
         step=slots * step,
         recorded=rows * hidden * size + vocabulary * 4 + pixels + soft_tokens,
         pictures=PICTURE_CACHE_BYTES if vision else 0,
-        libraries=STREAMS * LIBRARY_BYTES,
+        libraries=LIBRARY_BYTES,
         prefill=_prefill_bytes(config, gate, channels, dtype, rows, context),
         picture=_picture_bytes(config, planned, dtype),
         sampling=slots * vocabulary * SAMPLER_BYTES,
@@ -102,23 +100,21 @@ def _word_bytes(row: PlanRow) -> int:
 
 
 def _prefill_bytes(config: gemma.GemmaConfig, gate: PlanRow, channels: int, dtype: torch.dtype, rows: int, context: int) -> int:
-    """The larger of gate and up, and attention. A layer's gate and up outputs live until the next one's replace them."""
+    """The larger of gate and up with their product, and attention: what a slot holds, copied, and the masks of both kinds."""
     text, size = config.get_text_config(), dtype.itemsize
     hidden, heads, width = text.hidden_size, text.num_attention_heads, text.head_dim
-    common = rows * (2 * hidden + heads * width + 2 * channels) * size
+    group = heads // text.num_key_value_heads
+    common = rows * (2 * hidden + heads * width) * size + 2 * rows * context * (1 + group * size)
     converted, piece = _converted_bytes(gate, 2 * channels, hidden, dtype)
-    products = rows * 2 * channels * size + converted + rows * piece * size
-    scores = heads * rows * context * SCORE_BYTES
-    expanded = 3 * heads * context * width * 4 + 2 * text.num_key_value_heads * context * width * size
-    return common + max(products, scores + expanded)
+    products = rows * 2 * channels * size + max(converted + rows * piece * size, 2 * rows * channels * size)
+    attention = 2 * text.num_key_value_heads * context * width * size + 3 * rows * heads * width * size
+    return common + max(products, attention)
 
 
 def _converted_bytes(row: PlanRow, outputs: int, inputs: int, dtype: torch.dtype) -> tuple[int, int]:
     """Weights in `dtype` that exist for one product of many rows, and how many of its outputs they give."""
     if isinstance(row.format, FLOATS):
         return 0, 0
-    if isinstance(row.format, Int4 | Int8DynamicInt4):
-        return outputs * inputs * dtype.itemsize, 0
     piece = min(outputs, max(1, PIECE_BYTES // (inputs * dtype.itemsize)))
     return piece * inputs * dtype.itemsize, piece
 

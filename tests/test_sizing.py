@@ -97,7 +97,7 @@ def test_the_4b_kv_cache_grows_slowly_beyond_the_window() -> None:
 MEASURED = json.loads((ROOT / "benchmarks" / "results" / "gpu_h100.json").read_text("utf-8"))["engine"]["entries"]
 
 
-def measured_peak(stored: str, *, one_slot: bool) -> int:
+def measured_peak(stored: str, one_slot: bool) -> int:
     """What an H100 had allocated at most, by its last measurement; contexts of 1,024 tokens."""
     entries = [entry for entry in MEASURED if entry["format"] == stored and ("one_slot" in entry) == one_slot]
     return entries[-1]["one_slot"]["peak_bytes"] if one_slot else entries[-1]["peak_bytes"]
@@ -106,24 +106,19 @@ def measured_peak(stored: str, *, one_slot: bool) -> int:
 @pytest.mark.parametrize(
     ("name", "stored", "slots"), [("int8", "int8", 1), ("int8", "int8", 16), ("int4", "int4-g32", 1)], ids=str
 )
-def test_the_4b_peaks_where_an_h100_measured_it(name: str, stored: str, slots: int) -> None:
+def test_the_4b_peaks_a_little_below_where_an_h100_measured_an_older_engine(name: str, stored: str, slots: int) -> None:
     """The planner once said 4.52 GB of int8 and 3.21 of int4, where 4.89 and 3.58 were measured.
 
-    Terms differ where the engine has changed since (it gave every recording a stream, and so a workspace of cuBLAS, of its
-    own) and where the measurement did not fill the cache of pictures; the whole does not.
+    Since then unfused attention, a second stream's workspace of cuBLAS and a whole converted int4 matrix are gone: up to
+    0.25 GB. To be measured again, and then to be met.
     """
-    sized = size_up(Recipe.load(f"gemma-3-4b-{name}"), context=1024, slots=slots)
-    assert sized.total_bytes == pytest.approx(measured_peak(stored, one_slot=slots == 1), rel=0.05)
+    sized, measured = size_up(Recipe.load(f"gemma-3-4b-{name}"), context=1024, slots=slots), measured_peak(stored, slots == 1)
+    assert measured - 0.25e9 < sized.total_bytes < measured
 
 
 @pytest.mark.parametrize(("name", "goal"), [("int8", 4.6e9), ("int4", 3.4e9), ("int4-g128", 3.1e9)])
-def test_the_4b_at_750_tokens_misses_its_goal_by_less_than_its_cache_of_pictures_and_a_converted_matrix(
-    name: str, goal: float
-) -> None:
-    """Weights and KV cache leave room below the goal; the workspace as it is takes more. To be turned round once it is met."""
-    sized = size_up(Recipe.load(f"gemma-3-4b-{name}"), context=750)
-    assert sized.resident_bytes + sized.kv_bytes < goal < sized.total_bytes
-    assert sized.total_bytes - sized.workspace.pictures - (sized.workspace.prefill - PIECE_BYTES) < goal
+def test_the_4b_at_750_tokens_peaks_below_its_goal(name: str, goal: float) -> None:
+    assert size_up(Recipe.load(f"gemma-3-4b-{name}"), context=750).total_bytes < goal
 
 
 def test_terms_repeat_the_engines_sizes() -> None:

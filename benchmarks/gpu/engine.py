@@ -20,6 +20,7 @@ FORMATS = ("int8", "int4-g128", "int4-g32")
 TOGETHER = (1, 2, 4, 8, 16)
 TEXT_TOKENS, REPLY_TOKENS = 64, 128
 MEMORY_TOKENS = 750  # prompt and reply together, one slot: the memory goal's condition
+MEMORY_CONTEXT = 768
 REPEATS = 10
 
 
@@ -136,7 +137,7 @@ def together(engine: FastEngine, prompts: Prompts, count: int, sampling: str | N
 def one_slot(shape: str, stored: str) -> dict[str, object]:
     """Decode rate of one request and the peak of memory at MEMORY_TOKENS, the picture tower's work included."""
     reset_peak()
-    engine, entry = start(shape, stored, 1, 1024)
+    engine, entry = start(shape, stored, 1, MEMORY_CONTEXT)
     prompts = Prompts(shape)
     with closing(engine):
         if picture := prompts.picture(2):

@@ -170,7 +170,8 @@ class _Runner:
         self._device = weights.device
         cache = KvCache(weights, slots=settings.slots, context=settings.context, slack=settings.lookup)
         self._cache = cache
-        self._model = TextModel(weights, cache, compile_cache=compile_cache)
+        with recorder.stream():  # kernels warm up there
+            self._model = TextModel(weights, cache, compile_cache=compile_cache)
         self._batch = Batch(settings.slots, weights.shape.vocabulary, self._stop_ids, self._device)
         ring = min([layer.length for layer in cache.layers if layer.sliding], default=settings.context)
         self._prefixes = Prefixes(settings.slots, ring, cache.window)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -102,21 +103,29 @@ class Recorder:
         self.captures = 0  # graphs captured so far: must not grow in service
         on_gpu = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        self._stream = torch.cuda.Stream(device) if on_gpu else None  # one: libraries hold memory for each stream they see
+        self._stream = torch.cuda.Stream(device) if on_gpu else None  # libraries hold memory for each stream they see
+
+    @contextmanager
+    def stream(self) -> Generator[None]:
+        """Work in this block is put where recordings are made, after what came before and before what follows."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, run: Callable[[], _Result]) -> Callable[[], _Result]:
         """Runs `run` a few times. What it returns then is the same object every time."""
-        stream = self._stream
-        if stream is None:
+        if self._stream is None:
             return run
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with self.stream():
             for _ in range(WARM_UPS):
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may use the GPU meanwhile (a second process's engine, a picture being moved)
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = run()
         self.captures += 1
 

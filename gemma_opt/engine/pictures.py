@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from gemma_opt.engine.graphs import Recorder
 from gemma_opt.gemma import GemmaModel, weights_device
 
-CACHE_BYTES = 128 * 2**20  # 50 pictures of the 4B model in float32, 100 in bfloat16
+CACHE_BYTES = 32 * 2**20  # 25 pictures of the 4B model in bfloat16: more than a request may have
 
 Encode = Callable[[Tensor], Tensor]
 """[3, side, side] float32 → soft tokens [tokens, hidden]."""
@@ -59,9 +59,11 @@ def picture_encoder(model: GemmaModel, recorder: Recorder | None = None) -> Enco
 
     if recorder is None:
         return encode
-    side = int(getattr(model.config, "vision_config").image_size)  # noqa: B009 text models have none
+    config = model.config
+    side = int(getattr(config, "vision_config").image_size)  # noqa: B009 text models have none
     batch = torch.zeros(1, 3, side, side, dtype=dtype, device=device)
-    soft_tokens = features(batch)
+    sizes = int(getattr(config, "mm_tokens_per_image")), config.get_text_config().hidden_size  # noqa: B009
+    soft_tokens = torch.zeros(sizes, dtype=dtype, device=device)
 
     def run() -> None:
         soft_tokens.copy_(features(batch))

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from benchmarks.environment import RESULTS, describe
 from gemma_opt.engine.cache import KvCache
-from gemma_opt.engine.core import picture_spans
 from gemma_opt.engine.forward import TextModel
 from gemma_opt.engine.interface import SamplingParams
 from gemma_opt.engine.kernels import arrangement
 from gemma_opt.engine.pictures import picture_encoder
+from gemma_opt.engine.runner import picture_spans
 from gemma_opt.engine.weights import take_weights
 from gemma_opt.evaluation.agreement import chart_prompts, kl_divergence, text_prompts
 from gemma_opt.evaluation.perplexity import Passage, builtin_text, prediction_logits

@@ -107,7 +107,9 @@ def _offer(source: str, number: int, section: Calibration, processing: Processin
     rng = random.Random(f"{section.seed}/{number}")
     if source == CHARTS:
         if processing.processor is None:
-            raise RecipeError(f"{key}: charts are pictures, and this model has no vision tower")
+            raise RecipeError(
+                f"{key}: charts are pictures, and this model has no vision tower. Name texts: --set '{key}=[notes.txt]'"
+            )
         return [_chart_draw(section, processing, index) for index in range(section.windows)]
     path = _existing(source, key)
     try:

@@ -238,11 +238,22 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
 
     Linears alone take every format: where `roles.vision` is quantized, the tower's patch convolution and position embedding
     are stored as bf16. Raises one PlanError that lists every offender: unknown modules, an untied head, ratios that would
-    drop nothing or everything of a layer, shapes that a format cannot hold, a stage of which no layer has the roles.
+    drop nothing or everything of a layer, shapes that a format cannot hold, a stage of which no layer has the roles; and one
+    for a context beyond the model's positions.
 
     A text-only Gemma 3 takes every recipe: what one says of vision and projector is left out, with a line in the log.
     """
-    return plan_stages(model, recipe)[-1]
+    final = plan_stages(model, recipe)[-1]
+    refuse_context(model, recipe.engine.context)
+    return final
+
+
+def refuse_context(model: nn.Module, context: int) -> None:
+    """Raises PlanError for more tokens a slot than the model has positions. A module without a config has no limit."""
+    config = getattr(model, "config", None)
+    longest = config.get_text_config().max_position_embeddings if config else math.inf
+    if context > longest:
+        raise PlanError(f"engine.context is {context:,}, and this model's positions end at {longest:,}")
 
 
 def _named_roles(recipe: Recipe) -> set[Role]:

@@ -250,6 +250,13 @@ def test_a_stage_leaves_out_vision_where_the_model_has_none() -> None:
     ]
 
 
+def test_a_context_beyond_the_positions_is_refused_before_any_work() -> None:
+    """It was found by the service, after the whole build."""
+    chosen = Recipe.load("gemma-3-4b-int8", ("engine.context=40000",))
+    with pytest.raises(PlanError, match=r"engine.context is 40,000, and this model's positions end at 32,768"):
+        plan(gemma_1b(), chosen)
+
+
 def test_a_layer_may_not_be_emptied() -> None:
     model = small_text_model()
     model.set_submodule("model.layers.0.mlp.up_proj", nn.Linear(1, 2, bias=False))

@@ -128,7 +128,7 @@ def _offer(source: str, number: int, section: Calibration, processing: Processin
 def _text_draws(text: str, section: Calibration, processing: Processing) -> list[Draw]:
     tokenizer, step = processing.tokenizer, section.window_tokens - 1
     bos = cast(int, tokenizer.bos_token_id)
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # longer than a context on purpose
 
     def draw(start: int) -> Draw:
         return lambda: _sample([bos, *ids[start : start + step]], (), section)

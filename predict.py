@@ -5,16 +5,19 @@ them with the library's. Images are declared as strings on purpose: for a Path, 
 private addresses included (README, "Limits").
 """
 
-import logging
 import sys
 from collections.abc import Callable, Iterator
 
 import cog
 from cog import BasePredictor, ConcatenateIterator, Input
 
-from gemma_opt.cancellation import Cancellation, PredictionCancelled, watch_this_prediction
-from gemma_opt.loading import source_from_environment
-from gemma_opt.service import Metric, Request, Service
+from gemma_opt import logs
+
+logs.set_up("info")  # here, because the imports below bring torch, which reports things that are nobody's business
+
+from gemma_opt.cancellation import Cancellation, PredictionCancelled, watch_this_prediction  # noqa: E402
+from gemma_opt.loading import source_from_environment  # noqa: E402
+from gemma_opt.service import Metric, Request, Service  # noqa: E402
 
 
 class Inputs:
@@ -54,7 +57,6 @@ class Predictor(BasePredictor):
         """Load the model chosen at build time and answer one warm-up request."""
         # Cog returns to a client what is written here while its prediction runs. That is for the operator: the container's log.
         sys.stdout = sys.stderr = sys.__stderr__
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         self.service = Service.load(source_from_environment(), slots=self.slots, only_serve=True)
 
     def healthcheck(self) -> bool:

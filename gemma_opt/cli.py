@@ -6,9 +6,8 @@ this package is one line that starts with its code. Verbs import what they need:
 
 from __future__ import annotations
 
+import errno
 import json
-import logging
-import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing, contextmanager
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_opt.errors import GemmaOptError, InputError, UsageError
+from gemma_opt import logs
+from gemma_opt.errors import GemmaOptError, InputError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from gemma_opt.build import BuildReport
@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 
 DEFAULT_MODEL = "small-int8"
+PIPED_COLUMNS = 400  # more than any table has: what is piped is searched, not looked at
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 MODEL_HELP = "Finished checkpoint, base model folder, .gguf file, recipe file or packaged recipe's name."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -134,7 +136,8 @@ def inspect(model: Model = DEFAULT_MODEL, device: Device = "cpu", as_json: AsJso
     if as_json:
         _print_json(to_json(layers))
         return
-    _console().print(layer_table(ready.recipe.name, layers))
+    console = _console()
+    console.print(layer_table(ready.recipe.name, layers, console.width))
 
 
 @app.command()
@@ -201,6 +204,7 @@ def evaluate(
 
     if not charts and not text and not tasks and not reference:
         raise UsageError("nothing to measure: give --charts N, --text FILE, --reference MODEL or --tasks NAMES")
+    run_tasks = _lm_eval() if tasks else None  # an extra: that it is missing is said before anything is measured
     measures = Measures(_read_texts(text or []), window, None, charts, seed, blank_images, prompts)
     with ExitStack() as opened:
         service = opened.enter_context(closing(Service.load(resolve(model), device)))
@@ -208,9 +212,7 @@ def evaluate(
         show = opened.enter_context(_progress())
         found = measure(service, compared, measures, show)
         scores: dict[str, dict[str, float]] = {}
-        if tasks:
-            from gemma_opt.evaluation.lm_eval_adapter import run_tasks
-
+        if run_tasks and tasks:
             scores = run_tasks(service, tasks.split(","), limit=limit, include_path=include_path)
     if as_json:
         _print_json({"model": model, "reference": reference, **found.to_json(), "tasks": scores})
@@ -294,8 +296,8 @@ def serve(
 
 def main() -> None:
     """Run the command line and turn this package's errors into one line and an exit code."""
-    _quiet_libraries()
     try:
+        logs.set_up("warning")
         app()
     except GemmaOptError as error:
         typer.echo(f"error: {error}", err=True)
@@ -303,15 +305,12 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output (head, less) has left
         sys.stdout = None
         sys.exit(1)
-
-
-def _quiet_libraries() -> None:
-    """Libraries report things at import that are not our user's business; GEMMA_OPT_LOG=debug shows them."""
-    level = os.environ.get("GEMMA_OPT_LOG", "warning").upper()
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    if level != "DEBUG":
-        for name in ("torchao", "torch.utils._pytree", "transformers"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:  # of a file by name, or not of writing: a defect
+            raise
+        sys.stdout = None  # Python would try once more at the end
+        typer.echo(f"error: {StorageError(f'the output cannot be written: {error.strerror}')}", err=True)
+        sys.exit(1)
 
 
 @contextmanager
@@ -355,6 +354,12 @@ def _read_texts(paths: list[Path]) -> dict[str, str]:
     return texts
 
 
+def _lm_eval():
+    from gemma_opt.evaluation.lm_eval_adapter import run_tasks
+
+    return run_tasks
+
+
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=1, default=str))
 
@@ -362,7 +367,8 @@ def _print_json(value: object) -> None:
 def _console():
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    on_screen = sys.stdout is not None and sys.stdout.isatty()
+    return Console(width=None if on_screen else PIPED_COLUMNS)
 
 
 def _figures(metrics: dict[str, int | float | str]) -> str:

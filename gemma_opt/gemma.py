@@ -40,7 +40,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from gemma_opt.errors import BaseModelError
+from gemma_opt.errors import BaseModelError, UsageError
 from gemma_opt.recipe import BaseModelSection
 from gemma_opt.shapes import PICTURED, SIGLIP, TEXT
 
@@ -122,8 +122,24 @@ def _sha256_as_of(path: Path, size: int, changed_ns: int) -> str:
 
 
 def device_of(name: str | None = None) -> torch.device:
-    """The named device, else CUDA where there is one, else the CPU."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The named device, else CUDA where there is one, else the CPU. Raises UsageError for one that is not here."""
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = {"cpu": 1}
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        here[accelerator.type] = torch.accelerator.device_count()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.index or 0) >= here.get(device.type, 0):
+        raise UsageError(f"there is no device {name} here, only: {', '.join(map(_counted, here.items()))}")
+    return device
+
+
+def _counted(device: tuple[str, int]) -> str:
+    kind, count = device
+    return kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
 
 
 def locate(section: BaseModelSection, override: str | None = None, *, network: bool = False) -> BaseFiles:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from torch import nn
 
@@ -80,27 +85,71 @@ def to_json(layers: list[Layer]) -> dict[str, object]:
     }
 
 
-def layer_table(title: str, layers: list[Layer]) -> Table:
-    """The layers as a table for people, with a line of totals."""
-    table = Table(title=title, title_justify="left", show_footer=True)
-    table.add_column("layer", footer=f"{len(layers)} layers", no_wrap=True)
-    table.add_column("role", footer="")
-    table.add_column("shape", footer=f"{_total(layers, 'parameters'):,} parameters", justify="right")
-    table.add_column("format")
-    table.add_column("asked", justify="right")
-    table.add_column("zeros", footer=f"{linear_sparsity(layers):.2%} (text)", justify="right")
-    table.add_column("scales", justify="right")
-    table.add_column("inputs", justify="right")
-    table.add_column("bytes", footer=f"{_total(layers, 'bytes'):,}", justify="right")
-    for layer in layers:
-        row = layer.row
-        asked = "" if row.ratio is None else f"{row.ratio:.2%}"
-        scales = "" if layer.scale_min is None else f"{layer.scales:,}: {layer.scale_min:.1e}…{layer.scale_max:.1e}"
-        shape = " × ".join(map(str, row.shape))
-        table.add_row(
-            row.name, row.role, shape, str(row.format), asked, f"{layer.sparsity:.2%}", scales, _inputs(layer), f"{row.bytes:,}"
-        )
+def layer_table(title: str, layers: list[Layer], width: int) -> Table:
+    """The layers as a table for people, at most `width` columns wide; figures are never cut.
+
+    Where one line a layer is too wide, two figures share a column, one below the other, and names are broken at their dots.
+    """
+    rows = [_cells(layer) for layer in layers]
+    wide = _table(title, layers, _WIDE, rows)
+    console = Console(width=10_000)
+    if Measurement.get(console, console.options, wide).maximum <= width:
+        return wide
+    stacked = [tuple("\n".join(row[column] for column in group).rstrip("\n") for group in _STACKS) for row in rows]
+    stacked = [(name, *(_broken(figures) for figures in rest)) for name, *rest in stacked]
+    headings = tuple("\n".join(_WIDE[column] for column in group) for group in _STACKS)
+    taken = sum(max(map(_longest_line, column)) + _GAP for column in list(zip(headings, *stacked, strict=True))[1:])
+    room = max(width - taken, _SHORTEST_NAME)
+    return _table(title, layers, headings, [(_fold(name, room), *rest) for name, *rest in stacked])
+
+
+_WIDE = ("layer", "role", "format", "shape", "bytes", "zeros", "asked", "scales", "inputs")
+_STACKS = ((0,), (1, 2), (3, 4), (5, 6), (7, 8))  # columns of one layer that share a narrow column
+_GAP = 2
+_SHORTEST_NAME = 12
+
+
+def _table(title: str, layers: list[Layer], headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+    caption = (
+        f"{len(layers)} layers; {_total(layers, 'parameters'):,} parameters; {_total(layers, 'bytes'):,} bytes; "
+        f"{linear_sparsity(layers):.2%} zeros in text linears"
+    )
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    table.show_edge, table.pad_edge, table.padding = False, False, (0, _GAP - 1, 0, 0)
+    for heading in headings:
+        left = heading.partition("\n")[0] in ("layer", "role", "format")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def _cells(layer: Layer) -> tuple[str, ...]:
+    row = layer.row
+    asked = "" if row.ratio is None else f"{row.ratio:.2%}"
+    scales = "" if layer.scale_min is None else f"{layer.scales:,}: {layer.scale_min:.1e}…{layer.scale_max:.1e}"
+    shape = " × ".join(map(str, row.shape))
+    zeros = f"{layer.sparsity:.2%}"
+    return row.name, row.role, str(row.format), shape, f"{row.bytes:,}", zeros, asked, scales, _inputs(layer)
+
+
+def _broken(figures: str) -> str:
+    """The number of scales above their range, a format's options below its name."""
+    return figures.replace(": ", "\n").replace(" g", "\ng")
+
+
+def _longest_line(cell: str) -> int:
+    return max(map(len, cell.split("\n")))
+
+
+def _fold(name: str, width: int) -> str:
+    """A module's name in lines of at most `width`, broken behind dots; a longer part is broken anywhere."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.|[^.]+$", name):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line[start : start + width] for line in lines for start in range(0, len(line), width))
 
 
 def _inputs(layer: Layer) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from gemma_opt import checkpoint, gemma, pipeline
-from gemma_opt.errors import NeedsBuild, PlanError, RecipeMismatch, RecipeNotFound
-from gemma_opt.policy import Plan
+from gemma_opt.errors import NeedsBuild, RecipeMismatch, RecipeNotFound
+from gemma_opt.policy import Plan, refuse_context
 from gemma_opt.recipe import FP8_FORMATS, BaseModelSection, EngineSection, Fp32, Quantization, Recipe, RoleFormats
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ def open_model(source: Source, device: str | None = None, progress: pipeline.Pro
     place = gemma.device_of(device)
     if source.folder:
         loaded = checkpoint.load(source.folder, place)
+        refuse_context(loaded.model, source.recipe.engine.context)
         ready = Ready(source.recipe, loaded.model, loaded.processing, loaded.plan)
     else:
         recipe = source.recipe
@@ -130,12 +131,10 @@ def open_model(source: Source, device: str | None = None, progress: pipeline.Pro
                 recipe.name,
             )
         base = gemma.load_base(gemma.locate(recipe.model), gemma.DTYPES[recipe.model.dtype], place)
+        refuse_context(base.model, recipe.engine.context)
         ready = Ready(recipe, base.model, base.processing, pipeline.compress(base.model, recipe, progress))
     if place.type == "cpu" and (
         emulated := {str(row.format) for row in ready.plan.rows if isinstance(row.format, FP8_FORMATS)}
     ):
         log.info("%s on the CPU is emulated: the values are right, nothing is faster", " and ".join(sorted(emulated)))
-    longest = ready.model.config.get_text_config().max_position_embeddings
-    if ready.context > longest:
-        raise PlanError(f"engine.context is {ready.context:,}, and this model's positions end at {longest:,}")
     return ready

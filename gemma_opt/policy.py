@@ -8,6 +8,7 @@ moved between its releases; a module that owns parameters and is unknown here is
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +33,6 @@ from gemma_opt.recipe import (
     LowRank,
     Magnitude,
     Recipe,
-    RoleFormats,
     Rows,
     SparseGPT,
     SparsityStage,
@@ -41,6 +41,8 @@ from gemma_opt.recipe import (
     Wanda,
     parse_n_m,
 )
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["linear", "embedding", "conv", "norm", "parameter"]
 Progress = Callable[[int, int, str], None]  # (done, total, module name), after every module of a stage
@@ -65,6 +67,7 @@ class Role(StrEnum):
     PROJECTOR = "projector"
 
 
+_PICTURED = {Role.VISION, Role.PROJECTOR}  # what a text-only Gemma 3 does not have
 _TOWER = r"vision_tower\.(vision_model\.)?"
 _LAYER = r"layers\.\d+\."
 _PATTERNS = {
@@ -235,9 +238,28 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
 
     Linears alone take every format: where `roles.vision` is quantized, the tower's patch convolution and position embedding
     are stored as bf16. Raises one PlanError that lists every offender: unknown modules, an untied head, ratios that would
-    drop nothing or everything of a layer, shapes that a format cannot hold, roles that no layer has.
+    drop nothing or everything of a layer, shapes that a format cannot hold, a stage of which no layer has the roles; and one
+    for a context beyond the model's positions.
+
+    A text-only Gemma 3 takes every recipe: what one says of vision and projector is left out, with a line in the log.
     """
-    return plan_stages(model, recipe)[-1]
+    final = plan_stages(model, recipe)[-1]
+    refuse_context(model, recipe.engine.context)
+    return final
+
+
+def refuse_context(model: nn.Module, context: int) -> None:
+    """Raises PlanError for more tokens a slot than the model has positions. A module without a config has no limit."""
+    config = getattr(model, "config", None)
+    longest = config.get_text_config().max_position_embeddings if config else math.inf
+    if context > longest:
+        raise PlanError(f"engine.context is {context:,}, and this model's positions end at {longest:,}")
+
+
+def _named_roles(recipe: Recipe) -> set[Role]:
+    """Roles that a stage prunes or a format quantizes. (Float formats ask for nothing.)"""
+    quantized = {role for role, stored in recipe.quantization.formats().items() if not isinstance(stored, (*FLOATS, Tied))}
+    return {Role(role) for role in quantized.union(*(stage.roles for stage in recipe.sparsity))}
 
 
 def plan_stages(model: nn.Module, recipe: Recipe) -> tuple[Plan, ...]:
@@ -252,9 +274,11 @@ def plan_stages(model: nn.Module, recipe: Recipe) -> tuple[Plan, ...]:
         plans.append(_after(plans[-1], stage))
     problems += _misfit_ranks(plans[-1], recipe)
     plans.append(_factorized(plans[-1], recipe))
-    problems += _misfit_formats(plans[-1], recipe)
+    problems += _misfit_formats(plans[-1])
     if problems:
         raise PlanError(f"the recipe {recipe.name!r} does not fit the model:\n  " + "\n  ".join(problems))
+    if ignored := sorted(_named_roles(recipe) & (_PICTURED - {row.role for row in rows})):
+        log.info("the model reads text only: what recipe %s says of %s is left out", recipe.name, " and ".join(ignored))
     return tuple(plans)
 
 
@@ -392,13 +416,8 @@ def _kind(module: nn.Module, role: Role) -> Kind:
             return "norm" if role is Role.NORM else "parameter"
 
 
-def _misfit_formats(final: Plan, recipe: Recipe) -> Iterator[str]:
-    """Shapes that a format cannot hold, and quantized formats for roles that no module has. (Float formats ask for nothing.)"""
-    present = {row.role for row in final.rows}
-    for role in RoleFormats.model_fields:
-        stored = recipe.quantization.of_role(role)
-        if role not in present and role not in TEXT_ROLES and not isinstance(stored, (*FLOATS, Tied)):
-            yield f"quantization.roles.{role} is {stored}, and the model has no such layer"
+def _misfit_formats(final: Plan) -> Iterator[str]:
+    """Shapes that a format cannot hold."""
     for row in final.quantized():
         if problem := layout.misfit(row.format, row.shape):
             yield f"{row.name} {list(row.shape)} cannot be {row.format}: {problem}"
@@ -407,7 +426,8 @@ def _misfit_formats(final: Plan, recipe: Recipe) -> Iterator[str]:
 def _misfit_stage(drawn: Plan, stage: SparsityStage) -> Iterator[str]:
     rows = drawn.prunable(stage)
     present = {row.role for row in rows}
-    yield from (f"the model has no {role} layer" for role in stage.roles if role not in present)
+    optional = _PICTURED if present else set[Role]()
+    yield from (f"the model has no {role} layer" for role in stage.roles if role not in present | optional)
     yield from _misfit_rows(stage, rows)
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def exec_server(host: str, port: int, predictor: str) -> None:
     """Become the server; does not return. predictor: FILE:CLASS, relative to the checkout."""
-    environment = _environment(port, predictor)
+    environment = server_environment(port, predictor)
     os.chdir(ROOT)
     _install_schema()
     command = [sys.executable, "-m", "cog.server.http", "--host", host]
@@ -33,13 +33,18 @@ def _install_schema() -> None:
     fresh.replace(folder / "openapi_schema.json")  # a server that starts beside us never reads half a file
 
 
-def _environment(port: int, predictor: str) -> dict[str, str]:
-    """The server starts its worker as `python`, whatever PATH says that is: it must be this interpreter."""
+def server_environment(port: int, predictor: str) -> dict[str, str]:
+    """The server's variables: paths of model and recipe as seen from the folder that the user stands in.
+
+    The server starts its worker as `python`, whatever PATH says that is: it must be this interpreter.
+    """
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    chosen = os.environ.get("GEMMA_OPT_MODEL")
-    model = {"GEMMA_OPT_MODEL": str(Path(chosen).resolve())} if chosen and Path(chosen).exists() else {}
+    model, recipe = (os.environ.get(name) for name in ("GEMMA_OPT_MODEL", "GEMMA_OPT_RECIPE"))
+    places = {"GEMMA_OPT_MODEL": str(Path(model).resolve())} if model and Path(model).exists() else {}
+    if recipe and Path(recipe).is_file():  # a folder may be called like a packaged recipe
+        places["GEMMA_OPT_RECIPE"] = str(Path(recipe).resolve())
     at_once = {"COG_MAX_CONCURRENCY": str(_max_concurrency(predictor))}
-    return {**at_once, **os.environ, **model, "PATH": path, "PORT": str(port), "COG_PREDICT_TYPE_STUB": predictor}
+    return {**at_once, **os.environ, **places, "PATH": path, "PORT": str(port), "COG_PREDICT_TYPE_STUB": predictor}
 
 
 def _max_concurrency(predictor: str) -> int:

@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from rich.table import Table
 
 from gemma_opt import gemma
 from gemma_opt.errors import UsageError
 from gemma_opt.policy import Plan, PlanRow, Role
 from gemma_opt.policy import plan as make_plan
-from gemma_opt.recipe import FLOATS, Recipe, Tied
+from gemma_opt.recipe import FLOATS, EngineSection, Recipe, Tied
+from gemma_opt.recipe.reading import explain
 from gemma_opt.shapes import TEXT, shape_name
 from gemma_opt.workspace import Workspace, workspace
 
@@ -161,16 +163,28 @@ def find_config(model: str) -> tuple[str, gemma.GemmaConfig]:
     return model, gemma.read_config(folder)
 
 
+def _with_engine(recipe: Recipe, asked: dict[str, int | None]) -> Recipe:
+    """The recipe with the asked engine settings, None for its own. Raises UsageError for what no recipe could say."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    try:
+        engine = EngineSection.model_validate(recipe.engine.model_dump() | given)
+    except ValidationError as error:
+        raise UsageError("; ".join(explain(error))) from None
+    return recipe.model_copy(update={"engine": engine})
+
+
 def size_up(
     recipe: Recipe, model: str | None = None, *, context: int | None = None, slots: int | None = None, position: int = 512
 ) -> Sizing:
     """Size a recipe up for a model (by default its own base). Raises UsageError, PlanError, BaseModelError.
 
-    context, slots: by default the recipe's. position: tokens in a slot for which read bytes and speeds are given.
+    context, slots: by default the recipe's, and within a recipe's limits. position: tokens in a slot for which read bytes and
+    speeds are given.
     """
+    recipe = _with_engine(recipe, {"context": context, "slots": slots})
     name, config = find_config(model or recipe.model.base)
     dtype, settings = gemma.DTYPES[recipe.model.dtype], recipe.engine
-    context, slots = context or settings.context, slots or settings.slots
+    context, slots = settings.context, settings.slots
     planned = make_plan(gemma.empty_model(config, dtype), recipe)
     return Sizing(
         recipe=recipe.name,

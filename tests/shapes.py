@@ -42,6 +42,7 @@ def small_text_model(seed: int = 0, intermediate: int = 48) -> Gemma3ForCausalLM
         torch.manual_seed(seed)
         model = Gemma3ForCausalLM(config)
         _shake_norms_(model)
+    model.config.max_position_embeddings = 8192  # RoPE has no table: the context of a recipe that names none fits
     return model.eval()
 
 

@@ -19,6 +19,7 @@ from gemma_opt.errors import (
     PlanError,
     RecipeMismatch,
     RecipeNotFound,
+    UsageError,
     WeightsError,
 )
 from gemma_opt.prompt import PromptEncoder, single_turn
@@ -255,6 +256,16 @@ def test_the_environment_chooses(finished: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_context_beyond_the_positions_is_refused() -> None:
     with pytest.raises(PlanError, match="positions end at 8,192"):
         loading.open_model(loading.Source(Recipe.load("small-bf16", ("engine.context=9000",))), "cpu")
+
+
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "meta", "cpu:7"])
+def test_a_device_that_is_not_here_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"no device {name} here, only: cpu"):
+        gemma.device_of(name)
+
+
+def test_the_cpu_is_always_here() -> None:
+    assert gemma.device_of("cpu").type == "cpu"
 
 
 @pytest.fixture

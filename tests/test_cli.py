@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,8 @@ def test_inspect_shows_every_layer(built: Path) -> None:
     table = run("inspect", str(built)).stdout
     assert "model.language_model.layers.3.mlp.down_proj" in table
     assert "int8" in table
+    assert f"{layers['totals']['bytes']:,} bytes" in table
+    assert "…" not in re.sub(r"\d…\d", "", table)
 
 
 def test_evaluate_prints_charts_and_perplexity(built: Path, tmp_path: Path) -> None:
@@ -233,6 +237,35 @@ def test_the_installed_command_is_the_module() -> None:
 
 def test_unknown_options_are_usage_errors() -> None:
     assert "No such option" in run("predict", "--colour", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("inspect", "--json"), ("inspect",), ("predict", "-i", "prompt=Hello", "-i", "temperature=0"), ("plan", "--help")],
+)
+def test_output_that_cannot_be_written_is_one_line(arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "gemma_opt", *arguments]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=600, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "error: E3005 the output cannot be written: No space left on device\n"
+
+
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
+    command = f"{sys.executable} -m gemma_opt inspect --json | head -1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
+    assert (result.stdout, result.stderr) == ("{\n", "")
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_a_missing_extra_is_said_before_anything_is_measured() -> None:
+    result = run("evaluate", "--charts", "100", "--tasks", "mmlu", code=2)
+    assert result.stderr == "error: E2000 lm-eval is not installed: pip install '.[lm-eval]' in the repository's folder\n"
+
+
+def test_an_unknown_log_level_is_one_line() -> None:
+    result = run("--help", code=2, GEMMA_OPT_LOG="foo")
+    assert result.stderr == "error: E2000 GEMMA_OPT_LOG is 'foo', not one of debug, info, warning, error, critical\n"
 
 
 def test_help_starts_without_torch() -> None:

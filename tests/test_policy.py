@@ -1,8 +1,10 @@
 """The filter map and the plan, on the true shapes (meta device) and on tiny models."""
 
 import json
+import logging
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import Gemma3ForCausalLM
 
 from gemma_opt.errors import CorruptCheckpoint, PlanError
 from gemma_opt.policy import Plan, PlanRow, Role, dropped_count, main_parameter, plan, planned_weights, role_of
-from gemma_opt.recipe import Recipe, Tied
+from gemma_opt.recipe import Bf16, Recipe, Tied, packaged_recipes
 from tests.shapes import gemma_1b, gemma_4b, gemma_270m, recipe, small_text_model
 
 TEXT_LINEARS = {Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT, Role.GATE, Role.UP, Role.DOWN}
@@ -211,6 +213,7 @@ def test_every_offender_is_listed_at_once() -> None:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     stages = (
         {"method": "rows", "ratio": 0.01, "roles": ["key", "vision"]},
+        {"method": "rows", "ratio": 0.3, "roles": ["vision"]},
         {"method": "magnitude", "ratio": 0.01, "pattern": "per_row", "roles": ["up"]},
     )
     with pytest.raises(PlanError) as caught:
@@ -219,13 +222,39 @@ def test_every_offender_is_listed_at_once() -> None:
     assert [line.strip().rsplit(" ", 3)[0] if "would drop" in line else line.strip() for line in lines] == [
         "model.layers.0.mlp.router: no role is known for this Linear; is this a Gemma 3?",
         "lm_head: has a weight of its own, and only a head tied to the embedding is supported",
-        "sparsity.0 (rows): the model has no vision layer",
         "sparsity.0 (rows): model.layers.0.self_attn.k_proj [16, 32]: a ratio of 0.01 would drop",
         "sparsity.0 (rows): model.layers.1.self_attn.k_proj [16, 32]: a ratio of 0.01 would drop",
-        "sparsity.1 (magnitude): model.layers.0.mlp.up_proj [48, 32]: a ratio of 0.01 would drop",
-        "sparsity.1 (magnitude): model.layers.1.mlp.up_proj [48, 32]: a ratio of 0.01 would drop",
-        "quantization.roles.vision is int8, and the model has no such layer",
+        "sparsity.1 (rows): the model has no vision layer",
+        "sparsity.2 (magnitude): model.layers.0.mlp.up_proj [48, 32]: a ratio of 0.01 would drop",
+        "sparsity.2 (magnitude): model.layers.1.mlp.up_proj [48, 32]: a ratio of 0.01 would drop",
     ]
+
+
+@pytest.mark.parametrize("name", [name for name in packaged_recipes() if name.startswith("gemma-3-4b")])
+@pytest.mark.parametrize("build", [gemma_270m, gemma_1b])
+def test_the_recipes_of_the_4b_take_the_text_only_sizes(
+    build: Callable[[], Gemma3ForCausalLM], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They name the vision role, which a text-only model does not have: refused once, whatever `plan --help` said."""
+    chosen = Recipe.load(name)
+    with caplog.at_level(logging.INFO):
+        planned = plan(build(), chosen)
+    assert Role.VISION not in {row.role for row in planned.rows}
+    assert ("of vision is left out" in caplog.text) == (chosen.quantization.roles.vision != Bf16())
+
+
+def test_a_stage_leaves_out_vision_where_the_model_has_none() -> None:
+    stage = {"method": "rows", "ratio": 0.5, "roles": ["key", "vision"]}
+    assert [row.name for row in plan(small_text_model(), recipe(stage)).rows if row.ratio] == [
+        f"model.layers.{layer}.self_attn.k_proj" for layer in range(2)
+    ]
+
+
+def test_a_context_beyond_the_positions_is_refused_before_any_work() -> None:
+    """It was found by the service, after the whole build."""
+    chosen = Recipe.load("gemma-3-4b-int8", ("engine.context=40000",))
+    with pytest.raises(PlanError, match=r"engine.context is 40,000, and this model's positions end at 32,768"):
+        plan(gemma_1b(), chosen)
 
 
 def test_a_layer_may_not_be_emptied() -> None:

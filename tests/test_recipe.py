@@ -76,6 +76,8 @@ def test_overrides_reach_into_lists_and_make_missing_sections() -> None:
         ("sparsity.7.ratio=0.1", "the list has 1 entries"),
         ("name.x=1", "no section to hold"),
         ("ratio", "not KEY=VALUE"),
+        ("quantization=[", "override 'quantization=[': the value is not YAML"),
+        ("description=2024-99-99", "override 'description=2024-99-99': the value is not YAML"),
     ],
 )
 def test_what_is_wrong_is_named(override: str, named: str) -> None:

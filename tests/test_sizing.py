@@ -264,7 +264,7 @@ def test_stored_bytes_are_the_plans() -> None:
     assert sized.stored_bytes < sized.resident_bytes  # the projector: bf16 in the file, float32 in memory
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 128, 129, 500])
+@pytest.mark.parametrize("tokens", [16, 64, 128, 129, 500])
 def test_the_kv_cache_is_what_transformers_allocates(tokens: int) -> None:
     config = gemma.read_config(gemma.BUNDLED["small-gemma3"]).get_text_config()
     cache = StaticCache(config=config, max_cache_len=tokens)
@@ -289,6 +289,20 @@ def test_pictures_are_not_read_again_for_every_token() -> None:
 
 
 # Words
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"context": 15}, "context: .* 16 .got 15"),
+        ({"context": 200_000}, "context: .* 131072 .got 200000"),
+        ({"slots": 65}, "slots: .* 64 .got 65"),
+        ({"model": "gemma-3-1b", "context": 40_000}, "positions end at 32,768"),
+    ],
+)
+def test_what_no_recipe_could_serve_is_not_sized_up(asked: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        size_up(INT8, **asked)
 
 
 def test_json_answers_for_the_asked_gpus() -> None:

@@ -107,7 +107,9 @@ def _offer(source: str, number: int, section: Calibration, processing: Processin
     rng = random.Random(f"{section.seed}/{number}")
     if source == CHARTS:
         if processing.processor is None:
-            raise RecipeError(f"{key}: charts are pictures, and this model has no vision tower")
+            raise RecipeError(
+                f"{key}: charts are pictures, and this model has no vision tower. Name texts: --set '{key}=[notes.txt]'"
+            )
         return [_chart_draw(section, processing, index) for index in range(section.windows)]
     path = _existing(source, key)
     try:
@@ -126,7 +128,7 @@ def _offer(source: str, number: int, section: Calibration, processing: Processin
 def _text_draws(text: str, section: Calibration, processing: Processing) -> list[Draw]:
     tokenizer, step = processing.tokenizer, section.window_tokens - 1
     bos = cast(int, tokenizer.bos_token_id)
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # longer than a context on purpose
 
     def draw(start: int) -> Draw:
         return lambda: _sample([bos, *ids[start : start + step]], (), section)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -14,9 +15,10 @@ import torch
 from torch import nn
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 
-from gemma_opt.errors import CompileError
 from gemma_opt.gemma import text_layers, vision_tower
 from gemma_opt.recipe import Compile
+
+log = logging.getLogger(__name__)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -49,29 +51,33 @@ class SelectiveCompiler:
 
     def __init__(self, section: Compile) -> None:
         self.section = section
+        self.targets = section.targets
         clear_compilation_metrics()
         self._breaks_before = Counter(counters["graph_break"])
 
     def compile_modules_(self, model: nn.Module) -> None:
         """Wrap the modules behind `mlp` and `vision` in place, on the thread that will run them (torch's settings are its own).
 
-        Raises CompileError (E4001) if the model lacks them.
+        A text-only model has no vision tower: that target is left out, with a line in the log.
         """
-        if self.section.targets:
+        if "vision" in self.targets and vision_tower(model) is None:
+            log.info("the model reads text only: there is no vision tower to compile")
+            self.targets = tuple(target for target in self.targets if target != "vision")
+        if self.targets:
             torch._dynamo.config.suppress_errors = self.section.on_failure == "eager"
-        for target in self.section.targets:
+        for target in self.targets:
             for module in _modules_of(model, target):
                 module.compile()
 
     def compile_step(self, step: Callable[_P, _R]) -> Callable[_P, _R]:
         """The decode step, compiled if the recipe says so."""
-        return torch.compile(step) if "decode" in self.section.targets else step
+        return torch.compile(step) if "decode" in self.targets else step
 
     def report(self) -> CompileReport:
         """What was compiled since this compiler was made."""
         metrics = get_compilation_metrics()
         return CompileReport(
-            targets=self.section.targets,
+            targets=self.targets,
             graphs=len(metrics),
             seconds=sum(entry.entire_frame_compile_time_s or 0.0 for entry in metrics),
             graph_breaks=dict(Counter(counters["graph_break"]) - self._breaks_before),
@@ -110,9 +116,5 @@ def _artifact_name() -> str:
 def _modules_of(model: nn.Module, target: str) -> list[nn.Module]:
     if target == "mlp":
         return [layer.get_submodule("mlp") for layer in text_layers(model)]
-    if target == "vision":
-        tower = vision_tower(model)
-        if tower is None:
-            raise CompileError("the recipe compiles the vision tower, and this model has none")
-        return [tower]
-    return []
+    tower = vision_tower(model)
+    return [tower] if target == "vision" and tower is not None else []

@@ -31,7 +31,7 @@ try:
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 except ImportError:
-    raise UsageError("lm-eval is not installed: pip install 'gemma-opt[lm-eval]'") from None
+    raise UsageError("lm-eval is not installed: pip install '.[lm-eval]' in the repository's folder") from None
 
 IMAGE_MARK = "<image>"  # the harness's own placeholder in task texts
 DEFAULT_NEW_TOKENS = 256  # the harness's default
@@ -111,7 +111,7 @@ class CompressedLM(TemplateLM):  # pyright: ignore[reportUntypedBaseClass]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """Tokens of a text: after exactly one `<bos>`, or without any if special tokens are switched off."""
-        ids = self.tokenizer.encode(string, add_special_tokens=False)
+        ids = self.tokenizer.encode(string, add_special_tokens=False, verbose=False)
         if add_special_tokens is False or ids[:1] == [self.prefix_token_id]:
             return ids
         return [self.prefix_token_id, *ids]

@@ -35,7 +35,7 @@ def text_windows(token_ids: list[int], bos_id: int, window: int = WINDOW) -> Ite
 def windows_of(ready: Ready, text: str, window: int = WINDOW, limit: int | None = None) -> list[list[int]]:
     """The windows of a text, tokenised without special tokens; at most `limit`. Raises UsageError if it fills none."""
     tokenizer = ready.processing.tokenizer
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # longer than a context on purpose
     windows = list(text_windows(ids, tokenizer.get_vocab()["<bos>"], window))[:limit]
     if not windows:
         raise UsageError(f"the text has {len(ids)} tokens, fewer than one window of {window - 1}")

@@ -40,6 +40,7 @@ def set_path(tree: dict[str, object], override: str) -> None:
     path, separator, value = override.partition("=")
     if not separator or not path:
         raise RecipeError(f"override {override!r} is not KEY=VALUE, as in sparsity.0.ratio=0.3")
+    parsed = _yaml_value(value, override)
     node: object = tree
     *parents, last = path.split(".")
     for key in parents:
@@ -48,11 +49,18 @@ def set_path(tree: dict[str, object], override: str) -> None:
         node = _child(node, key, override)
     if isinstance(node, list):
         index = _index(node, last, override)
-        node[index : index + 1] = [yaml.safe_load(value)]
+        node[index : index + 1] = [parsed]
     elif isinstance(node, dict):
-        node[last] = yaml.safe_load(value)
+        node[last] = parsed
     else:
         raise RecipeError(f"override {override!r}: there is no section to hold {last!r}")
+
+
+def _yaml_value(text: str, override: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
+        raise RecipeError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
 
 
 def _child(node: object, key: str, override: str) -> object:

@@ -38,7 +38,7 @@ def as_html(report: Report) -> str:
     try:
         from jinja2 import Environment
     except ImportError:
-        raise UsageError("the page needs jinja2: pip install 'gemma-opt[report]'") from None
+        raise UsageError("the page needs jinja2: pip install '.[report]' in the repository's folder") from None
     from markupsafe import Markup
 
     template = (resources.files("gemma_opt") / "report" / "page.html").read_text("utf-8")

@@ -39,7 +39,7 @@ def draw(candidates: Sequence[Candidate], title: str) -> Figure:
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("plots need matplotlib: pip install 'gemma-opt[report]'") from None
+        raise UsageError("plots need matplotlib: pip install '.[report]' in the repository's folder") from None
     style: dict[str, object] = {
         "font.family": "DejaVu Sans",
         "font.size": 9.5,

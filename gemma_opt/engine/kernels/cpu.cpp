@@ -36,6 +36,8 @@ constexpr int64_t kPieceBytes = 256 << 10;  // most weights a thread takes at a 
 constexpr int64_t kPieces = 16;             // of a matrix for each thread, so that none waits long for the last
 constexpr int64_t kAheadBytes = 8 << 10;    // weights are fetched so far before they are used
 constexpr int64_t kPanelBytes = 128 << 10;  // weights that pass over many rows from the second cache
+constexpr int64_t kPanel = 64;              // outputs whose int8 weights are packed together for many rows of int8 inputs
+constexpr int64_t kPanelRows = 64;          // from which on packing pays
 constexpr int64_t kRowGroup = 64;           // rows of activations a thread takes at a time where there are many
 constexpr int64_t kBytes = 64;              // in one vector
 constexpr int64_t kPairBlock = 32;          // columns whose even and odd members are separated for int4
@@ -247,7 +249,7 @@ inline void dots_int8_grid(const Matrix& m, int64_t first, const float* x, int64
   const int8_t* data = static_cast<const int8_t*>(m.data) + first * m.in;
   Ints sums[R][O];
   for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o) sums[r][o] = simd::no_ints();
+    for (int o = 0; o < O; ++o) sums[r][o] = simd::ints(0);
   int64_t k = 0;
   for (; k + kBytes <= m.in; k += kBytes) {
     if (ahead) {
@@ -300,7 +302,7 @@ inline void dots_int4_grid(const Matrix& m, int64_t first, const float* x, int64
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const int8_t* from = inputs + 4 * r * stride;
-        const Ints sum = simd::dot_unsigned(even, simd::load_bytes(from), simd::no_ints());
+        const Ints sum = simd::dot_unsigned(even, simd::load_bytes(from), simd::ints(0));
         const Floats eight = simd::floats(simd::dot_unsigned(odd, simd::load_bytes(from + kBytes), sum));
         sums[r][o] = simd::fma(eight, scales, sums[r][o]);
       }
@@ -377,6 +379,56 @@ int64_t rows_of(const Matrix& m, int64_t bytes) { return std::max(kStrip, bytes 
 // Output rows a thread takes at a time from `width` rows like those of `m`.
 int64_t grain_of(const Matrix& m, int64_t width, int64_t threads) {
   return rows_of(m, std::min(width * Shape::row_bytes_of(m) / (threads * kPieces), kPieceBytes));
+}
+
+// int8 weights of some outputs in the order that many rows of int8 inputs meet them: four neighbours of each of sixteen
+// outputs in a vector, so that lanes need not be added up at the end. Zeros where the matrix ends.
+int64_t panel_bytes(const Matrix& m) { return kPanel * (m.in + 3) / 4 * 4; }
+
+void pack_panel(const Matrix& m, int64_t first, int8_t* panel) {
+  std::fill_n(panel, panel_bytes(m), int8_t{0});
+  const int64_t steps = (m.in + 3) / 4;
+  for (int64_t o = 0; o < std::min(kPanel, m.out - first); ++o) {
+    const int8_t* row = static_cast<const int8_t*>(m.data) + (first + o) * m.in;
+    int8_t* to = panel + (o / kLanes * steps * kLanes + o % kLanes) * 4;
+    for (int64_t step = 0; step < steps; ++step)
+      std::copy_n(row + 4 * step, std::min<int64_t>(4, m.in - 4 * step), to + step * kBytes);
+  }
+}
+
+// R prepared rows times a packed panel: the bits of `dots_int8_grid`.
+template <int R>
+void multiply_panel(const Matrix& m, int64_t first, const int8_t* panel, const float* x, float* y) {
+  const Shape shape(m);
+  const int64_t steps = (m.in + 3) / 4, outputs = std::min(kPanel, m.out - first);
+  for (int64_t o = 0; o < outputs; o += 2 * kLanes) {
+    Ints sums[R][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      int32_t too_much;
+      std::memcpy(&too_much, x + r * shape.stride() + shape.body, sizeof too_much);
+      sums[r][0] = sums[r][1] = simd::ints(-too_much);
+    }
+    const int8_t* weights = panel + o * steps * 4;
+    for (int64_t step = 0; step < steps; ++step) {
+      const Bytes low = simd::load_bytes(weights + step * kBytes), high = simd::load_bytes(weights + (steps + step) * kBytes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Bytes inputs = simd::splat4(reinterpret_cast<const int8_t*>(x + r * shape.stride()) + 4 * step);
+        sums[r][0] = simd::dot_signed(low, inputs, sums[r][0]);
+        sums[r][1] = simd::dot_signed(high, inputs, sums[r][1]);
+      }
+    }
+    const float* scale = static_cast<const float*>(m.scale) + first + o;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float whole[2 * kLanes];
+      simd::store(whole, simd::floats(sums[r][0]));
+      simd::store(whole + kLanes, simd::floats(sums[r][1]));
+      const float input_scale = x[(r + 1) * shape.stride() - kLanes];
+      for (int64_t i = 0; i < std::min(2 * kLanes, outputs - o); ++i) y[r * m.out + first + o + i] = whole[i] * scale[i] * input_scale;
+    }
+  }
 }
 
 // Elementwise
@@ -918,11 +970,23 @@ void gemma_multiply(const Matrix* m, const float* x, int64_t rows, float* y, int
 #pragma omp for
       for (int64_t r = 0; r < rows; ++r) prepare(*m, x + r * m->in, &(*prepared)[r * stride], room.get());
     }
+    if (Shape::integer(*m) && m->format == kInt8 && rows >= kPanelRows) {
+      const Buffer packed(panel_bytes(*m) / sizeof(float));
+      int8_t* panel = reinterpret_cast<int8_t*>(packed.get());
+#pragma omp for schedule(dynamic)
+      for (int64_t first = 0; first < m->out; first += kPanel) {
+        pack_panel(*m, first, panel);
+        int64_t r = 0;
+        for (; r + 8 <= rows; r += 8) multiply_panel<8>(*m, first, panel, inputs + r * stride, y + r * m->out);
+        for (; r < rows; ++r) multiply_panel<1>(*m, first, panel, inputs + r * stride, y + r * m->out);
+      }
+    } else {
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t first = 0; first < m->out; first += grain)
       for (int64_t group = 0; group < rows; group += kRowGroup)
         for (int64_t r = group; r < std::min(group + kRowGroup, rows); r += block)
           multiply(*m, first, std::min(first + grain, m->out), inputs + r * stride, std::min(block, rows - r), y + r * m->out, m->out);
+    }
   }
 }
 

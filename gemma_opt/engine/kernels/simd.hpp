@@ -123,7 +123,12 @@ inline Bytes load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline Bytes load_bytes(const void* p, int64_t count) {
   return {_mm512_maskz_loadu_epi8(count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1, p)};
 }
-inline Ints no_ints() { return {_mm512_setzero_si512()}; }
+inline Bytes splat4(const void* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return {_mm512_set1_epi32(four)};
+}
+inline Ints ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Floats floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Floats quarters(uint64_t four) {
   const __m128i wide = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(four))), 16);
@@ -253,7 +258,12 @@ inline Bytes load_bytes(const void* p, int64_t count) {
   std::memcpy(bytes, p, static_cast<size_t>(count));
   return load_bytes(bytes);
 }
-inline Ints no_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Bytes splat4(const void* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
+}
+inline Ints ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline Floats floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline Floats quarters(uint64_t four) {
   const __m128i wide = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(four))), 16);
@@ -361,7 +371,16 @@ inline Bytes load_bytes(const void* p, int64_t count = 4 * kLanes) {
   std::memcpy(out.v, p, static_cast<size_t>(std::min(count, 4 * kLanes)));
   return out;
 }
-inline Ints no_ints() { return {}; }
+inline Bytes splat4(const void* p) {
+  Bytes out;
+  for (int i = 0; i < 4 * kLanes; i += 4) std::memcpy(out.v + i, p, 4);
+  return out;
+}
+inline Ints ints(int32_t x) {
+  Ints out;
+  std::fill(out.v, out.v + kLanes, x);
+  return out;
+}
 inline Floats floats(Ints a) {
   return each([&](int i) { return static_cast<float>(a.v[i]); });
 }

@@ -268,10 +268,11 @@ def bench(
     """Measure speed with several requests at once: tokens a second, together and each, and time to first token."""
     from gemma_opt.loading import resolve
     from gemma_opt.service import Service
-    from gemma_opt.throughput import measure, table, unlike_prompts
+    from gemma_opt.throughput import measure, refuse_clipped, table, unlike_prompts
 
-    counts = requests or [1, 8]
-    with closing(Service.load(resolve(model), device, slots=max(counts), only_serve=True)) as service:
+    counts, source = requests or [1, 8], resolve(model)
+    refuse_clipped(source.recipe.engine.context, prompt_tokens, new_tokens)
+    with closing(Service.load(source, device, slots=max(counts), only_serve=True)) as service:
         prompts = unlike_prompts(service, max(counts), prompt_tokens)
         rounds = [measure(service, prompts[:count], new_tokens) for count in counts]
     if as_json:

@@ -142,11 +142,13 @@ def _counted(device: tuple[str, int]) -> str:
     return kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
 
 
-def locate(section: BaseModelSection, override: str | None = None, *, network: bool = False) -> BaseFiles:
+def locate(
+    section: BaseModelSection, override: str | None = None, *, network: bool = False, recipe: str = "RECIPE"
+) -> BaseFiles:
     """Find the base weights of a recipe. `override` names other weights for the same recipe (`--base`).
 
     A hub id is looked up in the local cache, and downloaded only with `network=True` (token: the HF_TOKEN variable).
-    Raises BaseModelError (E3001).
+    recipe: what the message calls it that says how to download them. Raises BaseModelError (E3001).
     """
     base = override or section.base
     revision = section.revision
@@ -161,7 +163,7 @@ def locate(section: BaseModelSection, override: str | None = None, *, network: b
         return _folder(base, path)
     like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
     if like_hub_id and revision:
-        return BaseFiles(base, _snapshot(base, revision, network=network), revision)
+        return BaseFiles(base, _snapshot(base, revision, network=network, recipe=recipe), revision)
     hint = " (a hub id needs model.revision in the recipe)" if like_hub_id else ""
     raise BaseModelError(f"no base model at {base}: neither a folder, a .gguf file nor a bundled model{hint}")
 
@@ -172,7 +174,7 @@ def _folder(name: str, folder: Path) -> BaseFiles:
     return BaseFiles(name, folder)
 
 
-def _snapshot(hub_id: str, revision: str, *, network: bool) -> Path:
+def _snapshot(hub_id: str, revision: str, *, network: bool, recipe: str) -> Path:
     try:
         return Path(
             snapshot_download(
@@ -187,7 +189,7 @@ def _snapshot(hub_id: str, revision: str, *, network: bool) -> Path:
         if not network:
             raise BaseModelError(
                 f"{hub_id} at {revision[:12]} is not on this machine. Download and compress it with: "
-                "python -m gemma_opt compress RECIPE (set HF_TOKEN for gated models)"
+                f"python -m gemma_opt compress {recipe} (set HF_TOKEN for gated models)"
             ) from None
         raise BaseModelError(f"{hub_id} could not be downloaded: the hub cannot be reached") from None
     except HfHubHTTPError as error:

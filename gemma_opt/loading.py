@@ -16,7 +16,16 @@ import torch
 from gemma_opt import checkpoint, gemma, pipeline
 from gemma_opt.errors import NeedsBuild, RecipeMismatch, RecipeNotFound
 from gemma_opt.policy import Plan, refuse_context
-from gemma_opt.recipe import FP8_FORMATS, BaseModelSection, EngineSection, Fp32, Quantization, Recipe, RoleFormats
+from gemma_opt.recipe import (
+    FP8_FORMATS,
+    BaseModelSection,
+    EngineSection,
+    Fp32,
+    Quantization,
+    Recipe,
+    RoleFormats,
+    packaged_recipes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +133,14 @@ def open_model(source: Source, device: str | None = None, progress: pipeline.Pro
         ready = Ready(source.recipe, loaded.model, loaded.processing, loaded.plan)
     else:
         recipe = source.recipe
+        files = gemma.locate(recipe.model, recipe=recipe.name if recipe.name in packaged_recipes() else "RECIPE")
         if recipe.name != "dense":
             log.info(
                 "compressing %s now; `python -m gemma_opt compress %s` once would save this at every start",
                 recipe.name,
                 recipe.name,
             )
-        base = gemma.load_base(gemma.locate(recipe.model), gemma.DTYPES[recipe.model.dtype], place)
+        base = gemma.load_base(files, gemma.DTYPES[recipe.model.dtype], place)
         refuse_context(base.model, recipe.engine.context)
         ready = Ready(recipe, base.model, base.processing, pipeline.compress(base.model, recipe, progress))
     if place.type == "cpu" and (

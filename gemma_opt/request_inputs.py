@@ -47,15 +47,26 @@ def read_inputs(pairs: Sequence[str]) -> Request:
 def _value(name: str, text: str) -> object:
     if name in _PICTURES:
         return _picture(text[1:]) if text.startswith("@") else text
-    if name == "messages":
-        return _messages(_read_file(text[1:]).decode("utf-8", "replace") if text.startswith("@") else text)
-    if name == "prompt" and text.startswith("@"):
-        return _read_file(text[1:]).decode("utf-8", "replace")
-    return text
+    if name in ("prompt", "messages") and text.startswith("@"):
+        text = _text(name, text[1:])
+    return _messages(text) if name == "messages" else text
+
+
+def _text(name: str, path: str) -> str:
+    try:
+        return _read_file(path).decode("utf-8")
+    except OSError as error:
+        raise ParameterError(f"{name}: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ParameterError(f"{name}: {path} is not UTF-8 text") from None
 
 
 def _picture(path: str) -> str:
-    return "data:application/octet-stream;base64," + base64.b64encode(_read_file(path)).decode()
+    try:
+        content = _read_file(path)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}") from None
+    return "data:application/octet-stream;base64," + base64.b64encode(content).decode()
 
 
 def _messages(text: str) -> object:
@@ -66,7 +77,4 @@ def _messages(text: str) -> object:
 
 
 def _read_file(path: str) -> bytes:
-    try:
-        return Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read: {error.strerror}") from None
+    return Path(path).expanduser().read_bytes()

@@ -53,7 +53,11 @@ def unlike_prompts(service: Service, count: int, tokens: int) -> list[EncodedPro
 
 
 def measure(service: Service, prompts: Sequence[EncodedPrompt], new_tokens: int) -> Throughput:
-    """Answer all prompts at once. Raises QueueFull where they are more than slots and queue hold, PromptTooLong."""
+    """Answer all prompts at once. Raises QueueFull where they are more than slots and queue hold.
+
+    Raises UsageError where prompt and answer are more than a slot holds: the engine would end the answer early.
+    """
+    refuse_clipped(service.ready.context, max(len(prompt.token_ids) for prompt in prompts), new_tokens)
     sampling = SamplingParams(max_new_tokens=new_tokens, min_new_tokens=new_tokens, temperature=0)
     started, cpu_started = time.monotonic(), time.process_time()
     running = [service.generate(prompt, sampling) for prompt in prompts]
@@ -69,6 +73,15 @@ def measure(service: Service, prompts: Sequence[EncodedPrompt], new_tokens: int)
         request_tokens_per_second=statistics.median(end.tokens_per_second or 0.0 for end in ends),
         time_to_first_token_s=percentiles([end.time_to_first_token_s or 0.0 for end in ends]),
     )
+
+
+def refuse_clipped(context: int, prompt_tokens: int, new_tokens: int) -> None:
+    """Raises UsageError where an answer of exactly `new_tokens` does not fit behind the prompt."""
+    if prompt_tokens + new_tokens > context:
+        raise UsageError(
+            f"{prompt_tokens:,} tokens in and {new_tokens:,} out are {prompt_tokens + new_tokens:,}, "
+            f"and a slot of this model holds {context:,}"
+        )
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

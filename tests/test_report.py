@@ -15,7 +15,7 @@ from gemma_opt.errors import UsageError
 from gemma_opt.evaluation.agreement import Agreement
 from gemma_opt.evaluation.suite import Evaluation, Measures
 from gemma_opt.recipe import Recipe
-from gemma_opt.report.candidates import SAME_SPEED, Candidate, Speed, frontier, recommend
+from gemma_opt.report.candidates import SAME_SPEED, Candidate, Speed, faster, frontier, recommend
 from gemma_opt.report.measure import Report, SpeedTest, compare
 from gemma_opt.report.page import FILES, as_html, as_markdown, write
 
@@ -92,6 +92,23 @@ def test_every_budget_gets_its_recipe() -> None:
     assert found["perplexity at most +5.0%", "fastest"] == "compact"
     assert found["at most 60% of the base's bytes", "best quality"] == "int8"
     assert found["at most 40% of the base's bytes", "best quality"] is None
+
+
+def spread(one: Candidate, low: float, high: float) -> Candidate:
+    return replace(one, speed=replace(one.speed, ratio_low=low, ratio_high=high))
+
+
+def test_a_lead_within_the_rounds_spread_is_a_tie_and_said_to_be_one() -> None:
+    """The recipe with the luckiest rounds was called the fastest."""
+    lucky, good = spread(candidate("lucky", 400, 0.004, 1.7), 1.3, 1.9), spread(INT8, 1.4, 1.8)
+    (row,) = [
+        row for row in recommend([BASE, good, lucky]) if (row.budget, row.goal) == ("perplexity at most +0.5%", "fastest")
+    ]
+    assert row.recipe == "int8"
+    assert row.why.endswith("of better quality, and as fast as lucky (1.70 ×) within the rounds' spread")
+    assert not faster(lucky, good)
+    assert faster(spread(lucky, 1.6, 1.9), spread(INT8, 1.4, 1.55))
+    assert [one.name for one in frontier([BASE, good, lucky], by="speed")] == ["base", "int8"]
 
 
 def test_the_page_is_self_contained_and_safe() -> None:

@@ -43,3 +43,9 @@ def test_a_round_adds_up(service: Service) -> None:
     assert 0 < found.time_to_first_token_s["p50"] <= found.time_to_first_token_s["p99"] < seconds
     assert found.request_tokens_per_second > 19 / seconds
     assert table("small", [found]).row_count == 1
+
+
+def test_an_answer_that_would_be_cut_short_is_refused(service: Service) -> None:
+    """It was reported as if all its tokens had been made."""
+    with pytest.raises(UsageError, match="100 tokens in and 2,000 out are 2,100, and a slot of this model holds 2,048"):
+        measure(service, unlike_prompts(service, 1, 100), 2000)

@@ -63,7 +63,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{name} must be {limit.low:g} to {limit.high:g}, got {value}"
+            f"{name} must be {limit.low:.10g} to {limit.high:.10g}, got {value}"
             for name, limit in LIMITS.items()
             if not (math.isfinite(value := getattr(self, name)) and limit.low <= value <= limit.high)
         ]

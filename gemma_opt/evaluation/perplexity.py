@@ -38,7 +38,7 @@ def windows_of(ready: Ready, text: str, window: int = WINDOW, limit: int | None 
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # longer than a context on purpose
     windows = list(text_windows(ids, tokenizer.get_vocab()["<bos>"], window))[:limit]
     if not windows:
-        raise UsageError(f"the text has {len(ids)} tokens, fewer than one window of {window - 1}")
+        raise UsageError(f"the text has {len(ids)} tokens, and one window of {window} takes {window - 1} beside <bos>")
     return windows
 
 

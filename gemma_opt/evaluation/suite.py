@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from gemma_opt.errors import UsageError
 from gemma_opt.evaluation.agreement import (
     Agreement,
     PrefixMatch,
@@ -62,6 +63,7 @@ class Evaluation:
 
 def evaluate(service: Service, reference: Service | None, measures: Measures, progress: Progress) -> Evaluation:
     """Measure a model, and if there is a reference, how far it strays from it. Raises UsageError, InputError, EngineError."""
+    _refuse_short(service, measures)
     quiz = None
     if measures.charts:
         quiz = run_quiz(
@@ -91,6 +93,15 @@ def evaluate(service: Service, reference: Service | None, measures: Measures, pr
     if prompts:
         greedy = greedy_agreement(reference, service, prompts, lambda done, total: progress("greedy replies", done, total))
     return Evaluation({name: one.perplexity for name, one in found.items()}, quiz, found, greedy)
+
+
+def _refuse_short(service: Service, measures: Measures) -> None:
+    """Raises UsageError that names every text which fills no window, before anything is measured."""
+    tokenizer, needed = service.ready.processing.tokenizer, measures.window - 1  # <bos> is the other one
+    texts = measures.texts.items()
+    counts = {name: len(tokenizer.encode(text, add_special_tokens=False, verbose=False)) for name, text in texts}
+    if short := ", ".join(f"{name} has {count:,}" for name, count in counts.items() if count < needed):
+        raise UsageError(f"a window of {measures.window:,} takes {needed:,} tokens of text beside <bos>, and {short}")
 
 
 def _perplexities(service: Service, measures: Measures, progress: Progress) -> dict[str, float]:

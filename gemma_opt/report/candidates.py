@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from gemma_opt.evaluation.suite import Evaluation
 
-SAME_SPEED = 0.03  # decode rates closer than this are called equal: repeated runs differ by about as much
+SAME_SPEED = 0.03  # decode rates closer than this are called equal: repeated runs differ by about as much, or by their spread
 QUALITY_BUDGETS = (0.005, 0.02, 0.05, 0.20)  # perplexity above the base's, as a share
 SIZE_BUDGETS = (0.75, 0.60, 0.40)  # bytes as a share of the base's in bfloat16
 
@@ -67,16 +67,21 @@ class Candidate:
         }
 
 
+def faster(one: Candidate, other: Candidate) -> bool:
+    """Whether `one` decodes faster than noise explains: by more than SAME_SPEED, each outside the other's rounds."""
+    ours, theirs = one.speed, other.speed
+    return ours.ratio > theirs.ratio * (1 + SAME_SPEED) and ours.ratio > theirs.ratio_high and theirs.ratio < ours.ratio_low
+
+
 def dominates(one: Candidate, other: Candidate, *, by: str) -> bool:
     """Whether `one` is no worse in quality and in `by` ("size" or "speed"), and better in one of them.
 
-    A lead in speed within SAME_SPEED is none.
+    A lead in speed that noise explains is none.
     """
     if by == "size":
         gain, no_worse = one.bytes < other.bytes, one.bytes <= other.bytes
     else:
-        gain = one.speed.ratio > other.speed.ratio * (1 + SAME_SPEED)
-        no_worse = one.speed.ratio * (1 + SAME_SPEED) >= other.speed.ratio
+        gain, no_worse = faster(one, other), not faster(other, one)
     return no_worse and one.loss <= other.loss and (gain or one.loss < other.loss)
 
 
@@ -108,7 +113,7 @@ def recommend(candidates: Sequence[Candidate]) -> list[Recommendation]:
         fitting = [one for one in candidates if one.loss <= budget]
         words = f"perplexity at most +{budget:.1%}"
         found.append(_answer(words, "smallest", min(fitting, key=lambda one: (one.bytes, one.loss), default=None), base))
-        found.append(_answer(words, "fastest", _fastest(fitting), base))
+        found.append(_fastest(fitting, base, words))
     for budget in SIZE_BUDGETS:
         fitting = [one for one in candidates if one.bytes <= budget * base.bytes]
         best = min(fitting, key=lambda one: (one.loss, one.bytes), default=None)
@@ -116,12 +121,19 @@ def recommend(candidates: Sequence[Candidate]) -> list[Recommendation]:
     return found
 
 
-def _fastest(fitting: Sequence[Candidate]) -> Candidate | None:
-    """The best quality among those as fast as the fastest."""
-    if not fitting:
-        return None
-    top = max(one.speed.ratio for one in fitting)
-    return min((one for one in fitting if one.speed.ratio * (1 + SAME_SPEED) >= top), key=lambda one: (one.loss, one.bytes))
+def _fastest(fitting: Sequence[Candidate], base: Candidate, budget: str) -> Recommendation:
+    """The best quality, then the smallest, among those that the fastest leads by no more than noise; and whom it ties with."""
+    top = max(fitting, key=lambda one: one.speed.ratio, default=None)
+    if top is None:
+        return _answer(budget, "fastest", None, base)
+    tied = [one for one in fitting if not faster(top, one)]
+    chosen = min(tied, key=lambda one: (one.loss, one.bytes))
+    found = _answer(budget, "fastest", chosen, base)
+    if chosen is top:
+        return found
+    better = "of better quality" if chosen.loss < top.loss else "smaller"
+    lead = f"{better}, and as fast as {top.name} ({top.speed.ratio:.2f} ×) within the rounds' spread"
+    return replace(found, why=f"{found.why}; {lead}")
 
 
 def _answer(budget: str, goal: str, chosen: Candidate | None, base: Candidate) -> Recommendation:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from gemma_opt import gemma
-from gemma_opt.engine.packed import FloatRows, Int4Rows, Int8Rows, PackedLinear, Stacked
+from gemma_opt.engine.packed import FloatRows, GridInput, Int4Rows, Int8Rows, LowRankRows, PackedLinear, Stacked
 from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
 
 GROUP = 32
@@ -96,8 +96,15 @@ def bytes_read(weights: TextWeights) -> int:
     """Bytes of weights that one decode step reads, however many rows it has: the table is the head, and read whole."""
 
     def size(packed: PackedLinear) -> int:
-        if isinstance(packed, Stacked):
-            return sum(map(size, packed.parts))
+        match packed:
+            case Stacked():
+                return sum(map(size, packed.parts))
+            case LowRankRows():
+                return size(packed.left) + size(packed.right)
+            case GridInput():
+                return size(packed.rows)
+            case _:
+                pass
         return sum(part.nbytes for part in vars(packed).values() if isinstance(part, Tensor))
 
     linears = sum(size(part) for layer in weights.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down))

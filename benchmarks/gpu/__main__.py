@@ -35,7 +35,7 @@ class Stage(StrEnum):
 def main(
     stage: Stage,
     shape: Annotated[str, typer.Option(help="published size, or small-gemma3")] = "gemma-3-4b",
-    formats: Annotated[str, typer.Option(help="comma-separated: int8, int4-g128, int4-g32, bf16")] = "",
+    formats: Annotated[str, typer.Option(help="comma-separated: int8, int8-dynamic, int4-g128, int4-g32, bf16")] = "",
     minutes: Annotated[float, typer.Option(help="begin nothing after this")] = 7.0,
     out: Annotated[Path, typer.Option(help="folder of the result files")] = RESULTS,
     llama_bench: Annotated[Path | None, typer.Option(help="llama.cpp's llama-bench, built with CUDA")] = None,

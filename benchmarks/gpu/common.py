@@ -67,11 +67,12 @@ def config_of(shape: str) -> gemma.GemmaConfig:
 
 
 def recipe_of(stored: str) -> Recipe:
-    """The 4B recipe of a stored format: int8, int4-g32, int4-g128 or bf16, all with bfloat16 activations."""
+    """The 4B recipe of a stored format: int8, int8-dynamic, int4-g32, int4-g128 or bf16, all with bfloat16 activations."""
     small: dict[str, object] = {"vision": "int8", "embedding": "int8"}
     quantizations: dict[str, dict[str, object]] = {
         "bf16": {},
         "int8": {"default": "int8", "roles": small},
+        "int8-dynamic": {"default": "int8_dynamic", "roles": small},
         "int4-g32": {"default": {"format": "int4", "group": 32}, "roles": small},
         "int4-g128": {"default": {"format": "int4", "group": 128}, "roles": small},
     }

@@ -22,7 +22,15 @@ from gemma_opt.engine.compilation import load_artifacts
 from gemma_opt.engine.core import FastEngine
 from gemma_opt.engine.interface import Engine, EngineRequest, Finished, Generation, SamplingParams
 from gemma_opt.engine.reference import ReferenceEngine
-from gemma_opt.errors import ConflictingInputs, EngineError, GemmaOptError, ParameterError, PlanError, PromptTooLong
+from gemma_opt.errors import (
+    ConflictingInputs,
+    EngineError,
+    GemmaOptError,
+    MessagesError,
+    ParameterError,
+    PlanError,
+    PromptTooLong,
+)
 from gemma_opt.gemma import GemmaModel
 from gemma_opt.images import load_image
 from gemma_opt.loading import Ready, Source, open_model
@@ -40,7 +48,10 @@ Metric = int | float | str
 
 @dataclass(frozen=True)
 class Request:
-    """One prediction's inputs, as they arrive. Images are data URIs or http(s) URLs."""
+    """One prediction's inputs, as they arrive. Images are data URIs or http(s) URLs.
+
+    Raises ParameterError or MessagesError where a text is no Unicode: no tokenizer and no UTF-8 knows half a surrogate pair.
+    """
 
     prompt: str = ""
     image: str | None = None
@@ -58,6 +69,12 @@ class Request:
     messages: Sequence[object] | None = None
     pan_and_scan: bool = False
 
+    def __post_init__(self) -> None:
+        wrong = [name for name, value in vars(self).items() if not _is_unicode(value)]
+        if wrong:
+            kind = MessagesError if wrong == ["messages"] else ParameterError
+            raise kind(f"{', '.join(wrong)}: not valid Unicode, half of a surrogate pair stands alone")
+
     def sampling(self) -> SamplingParams:
         """The sampling parameters, integers made integers, the seed drawn if none was given. Raises ParameterError."""
         stops = [self.stop_sequences] if isinstance(self.stop_sequences, str) else self.stop_sequences or ()
@@ -72,6 +89,23 @@ class Request:
             seed=secrets.randbits(32) if self.seed is None else _integer("seed", self.seed),
             stop_sequences=tuple(stops),
         )
+
+
+def _is_unicode(value: object) -> bool:
+    """Whether every text in a JSON value is one that UTF-8 can write. Without recursion: a client chooses the depth."""
+    open_values = [value]
+    while open_values:
+        item = open_values.pop()
+        if isinstance(item, str):
+            try:
+                item.encode()
+            except UnicodeEncodeError:
+                return False
+        elif isinstance(item, dict):
+            open_values += [*item, *item.values()]
+        elif isinstance(item, list | tuple):
+            open_values += item
+    return True
 
 
 def _integer(name: str, value: float) -> int:

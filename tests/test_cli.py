@@ -303,3 +303,17 @@ def test_compiled_code_travels_with_the_checkpoint(tmp_path: Path) -> None:
     result = run("predict", str(out), "-i", "prompt=Hello", "-i", "temperature=0", **second)
     assert "comes with the checkpoint" in result.stderr
     assert "compiled vision: 1 graphs" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("pair", "start"),
+    [
+        (b"prompt=a \xff", "error: E1005 prompt: "),
+        (rb'messages=[{"role": "user", "content": "\ud800"}]', "error: E1004 messages: not valid Unicode"),
+    ],
+)
+def test_bytes_that_are_no_text_are_an_input_error(pair: bytes, start: str) -> None:
+    command = [sys.executable.encode(), b"-m", b"gemma_opt", b"predict", b"-i", pair]
+    result = subprocess.run(command, capture_output=True, cwd=ROOT, timeout=600, check=False)
+    assert result.returncode == 2
+    assert result.stderr.decode().startswith(start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from models import BUNDLED, chart
@@ -174,3 +175,18 @@ def test_the_bundled_model_sees(service: Service) -> None:
     blind = run_quiz(service, 90, seed=3, blank=True)
     assert seen.accuracy >= 0.9
     assert blind.accuracy <= blind.chance + 0.05
+
+
+@pytest.mark.parametrize(
+    ("inputs", "code"),
+    [
+        ({"prompt": "a \ud800"}, "E1005 prompt"),
+        ({"prompt": "a", "system_prompt": "\udcff"}, "E1005 system_prompt"),
+        ({"prompt": "a", "stop_sequences": ["\udcff"]}, "E1005 stop_sequences"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}, "E1004 messages"),
+    ],
+)
+def test_text_that_is_no_unicode_is_an_input_error(inputs: dict[str, Any], code: str) -> None:
+    """It was "internal error": the tokenizer takes no lone surrogates."""
+    with pytest.raises(InputError, match=f"{code}: not valid Unicode"):
+        Request(**inputs)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,10 +17,9 @@ import typer
 
 from gemma_opt import logs
 from gemma_opt.errors import GemmaOptError, InputError, StorageError, UsageError
+from gemma_opt.terminal import console, figures, print_build, print_evaluation, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from gemma_opt.build import BuildReport
-    from gemma_opt.evaluation.suite import Evaluation
     from gemma_opt.recipe import Recipe
 
 app = typer.Typer(
@@ -29,7 +27,6 @@ app = typer.Typer(
 )
 
 DEFAULT_MODEL = "small-int8"
-PIPED_COLUMNS = 400  # more than any table has: what is piped is searched, not looked at
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 MODEL_HELP = "Finished checkpoint, base model folder, .gguf file, recipe file or packaged recipe's name."
 
@@ -69,16 +66,16 @@ def compress(
         if not force:
             typer.echo(f"{target} is already built from this recipe (--force builds it again)", err=True)
             if as_json:
-                _print_json(json.loads((target / checkpoint.QUALITY).read_text("utf-8")))
+                print_json(json.loads((target / checkpoint.QUALITY).read_text("utf-8")))
             return
     elif target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UsageError(f"{target} is no checkpoint, and only checkpoints are replaced: choose another --out")
-    with _progress() as show:
+    with progress_bar() as show:
         report = build(chosen, target, base=base, device=device, questions=questions, progress=show)
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
-        _print_report(report)
+        print_build(report)
 
 
 def _unlike(folder: Path, recipe: Recipe, base: str | None) -> list[str]:
@@ -119,10 +116,10 @@ def predict(
     finally:
         service.close()
     if as_json:
-        _print_json({"output": "".join(text), "metrics": reply.metrics})
+        print_json({"output": "".join(text), "metrics": reply.metrics})
         return
     typer.echo()
-    typer.echo(_figures(reply.metrics), err=True)
+    typer.echo(figures(reply.metrics), err=True)
 
 
 @app.command()
@@ -134,10 +131,10 @@ def inspect(model: Model = DEFAULT_MODEL, device: Device = "cpu", as_json: AsJso
     ready = open_model(resolve(model), device)
     layers = measure(ready.model, ready.plan)
     if as_json:
-        _print_json(to_json(layers))
+        print_json(to_json(layers))
         return
-    console = _console()
-    console.print(layer_table(ready.recipe.name, layers, console.width))
+    screen = console()
+    screen.print(layer_table(ready.recipe.name, layers, screen.width))
 
 
 @app.command()
@@ -162,10 +159,10 @@ def plan(
     gpus = sizing.find_gpus(gpu or [])
     sized = sizing.size_up(Recipe.load(recipe, tuple(overrides or ())), model, context=context, slots=slots, position=position)
     if as_json:
-        _print_json(sized.to_json(gpus))
+        print_json(sized.to_json(gpus))
         return
-    _console().print(sizing.memory_table(sized))
-    _console().print(sizing.speed_table(sized, gpus))
+    console().print(sizing.memory_table(sized))
+    console().print(sizing.speed_table(sized, gpus))
 
 
 @app.command()
@@ -209,15 +206,15 @@ def evaluate(
     with ExitStack() as opened:
         service = opened.enter_context(closing(Service.load(resolve(model), device)))
         compared = opened.enter_context(closing(Service.load(resolve(reference), device))) if reference else None
-        show = opened.enter_context(_progress())
+        show = opened.enter_context(progress_bar())
         found = measure(service, compared, measures, show)
         scores: dict[str, dict[str, float]] = {}
         if run_tasks and tasks:
             scores = run_tasks(service, tasks.split(","), limit=limit, include_path=include_path)
     if as_json:
-        _print_json({"model": model, "reference": reference, **found.to_json(), "tasks": scores})
+        print_json({"model": model, "reference": reference, **found.to_json(), "tasks": scores})
     else:
-        _print_evaluation(found, scores)
+        print_evaluation(found, scores)
 
 
 @app.command()
@@ -248,7 +245,7 @@ def report(
 
     chosen = [Recipe.load(recipe) for recipe in recipes]
     measures = Measures(_read_texts(text or []), window, windows, charts, prompts=prompts)
-    with _progress() as show:
+    with progress_bar() as show:
         found = compare(
             chosen, base, out / "checkpoints", measures, SpeedTest(new_tokens=new_tokens, rounds=rounds), device, show
         )
@@ -276,9 +273,9 @@ def bench(
         prompts = unlike_prompts(service, max(counts), prompt_tokens)
         rounds = [measure(service, prompts[:count], new_tokens) for count in counts]
     if as_json:
-        _print_json({"model": model, "rounds": [one.to_json() for one in rounds]})
+        print_json({"model": model, "rounds": [one.to_json() for one in rounds]})
         return
-    _console().print(table(model, rounds))
+    console().print(table(model, rounds))
 
 
 @app.command()
@@ -314,30 +311,6 @@ def main() -> None:
         sys.exit(1)
 
 
-@contextmanager
-def _progress() -> Generator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr, one task for each stage it hears of. What stands behind " · " in a stage's title may change."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    bar = Progress(*columns, console=Console(stderr=True))
-    tasks: dict[str, TaskID] = {}
-
-    def show(stage: str, done: int, total: int) -> None:
-        bar.start()  # only now: an error before the first step stays one line
-        name = stage.partition(" · ")[0]
-        if name not in tasks:
-            tasks[name] = bar.add_task(stage, total=total)
-        bar.update(tasks[name], completed=done, description=stage)
-
-    try:
-        yield show
-    finally:
-        if tasks:
-            bar.stop()
-
-
 def _read_texts(paths: list[Path]) -> dict[str, str]:
     """File name → content. Raises UsageError if two files share a name, or one is not UTF-8."""
     names = [path.name for path in paths]
@@ -359,68 +332,3 @@ def _lm_eval():
     from gemma_opt.evaluation.lm_eval_adapter import run_tasks
 
     return run_tasks
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1, default=str))
-
-
-def _console():
-    from rich.console import Console
-
-    on_screen = sys.stdout is not None and sys.stdout.isatty()
-    return Console(width=None if on_screen else PIPED_COLUMNS)
-
-
-def _figures(metrics: dict[str, int | float | str]) -> str:
-    first, rate = metrics.get("time_to_first_token"), metrics.get("tokens_per_second")
-    parts = [
-        f"{metrics['input_token_count']} tokens in, {metrics['output_token_count']} out",
-        f"ended by {metrics['finish_reason']}",
-    ]
-    parts += [f"first token after {float(first):.3f} s"] if first is not None else []
-    parts += [f"{float(rate):.1f} tok/s"] if rate is not None else []
-    return f"[{'; '.join(parts)}; seed {metrics['seed']}]"
-
-
-def _print_evaluation(found: Evaluation, tasks: dict[str, dict[str, float]]) -> None:
-    if quiz := found.charts:
-        kinds = ", ".join(f"{kind} {rate:.0%}" for kind, rate in quiz.by_kind.items())
-        typer.echo(f"charts: {quiz.accuracy:.1%} of {quiz.questions} exact (chance {quiz.chance:.1%}): {kinds}")
-    for name, perplexity in found.perplexity.items():
-        typer.echo(f"{name}: perplexity {perplexity:.3f}")
-    for name, agreement in found.agreement.items():
-        typer.echo(
-            f"{name}: {agreement.ratio:.4f} × the reference's perplexity {agreement.reference_perplexity:.3f}, "
-            f"KL {agreement.kl:.5f} nats/token, top-1 agreement {agreement.top1:.2%} of {agreement.tokens:,} tokens"
-        )
-    if greedy := found.greedy:
-        typer.echo(
-            f"greedy replies to {greedy.prompts} prompts: {greedy.tokens:.1f} tokens equal before the first difference "
-            f"({greedy.share:.1%} of the reference's), {greedy.identical:.1%} identical"
-        )
-    for task, metrics in tasks.items():
-        typer.echo(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-
-
-def _print_report(report: BuildReport) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{report.recipe.name} → {report.folder}", title_justify="left")
-    for heading in ("", "base (bf16)", "compressed"):
-        table.add_column(heading)
-    table.add_row("weights", f"{report.base_bytes / 1e6:,.2f} MB", f"{report.bytes / 1e6:,.2f} MB")
-    table.add_row("zeros in text linears", "", f"{report.sparsity:.2%}")
-    if report.base_quality and report.quality:
-        table.add_row("perplexity", f"{report.base_quality.perplexity:.4f}", f"{report.quality.perplexity:.4f}")
-    if found := report.agreement:
-        table.add_row("KL to the base, nats/token", "", f"{found.kl:.5f}")
-        table.add_row("top-1 agreement with the base", "", f"{found.top1:.2%} of {found.tokens:,} tokens")
-    if report.base_quality and report.quality and report.base_quality.quiz and report.quality.quiz:
-        title = f"chart answers ({report.quality.quiz.questions})"
-        table.add_row(title, f"{report.base_quality.quiz.accuracy:.1%}", f"{report.quality.quiz.accuracy:.1%}")
-    _console().print(table)
-    typer.echo(
-        f"built in {report.seconds:.0f} s; try: python -m gemma_opt predict {report.folder} -i prompt=… -i image=@picture.png",
-        err=True,
-    )

@@ -16,7 +16,7 @@ TIERS = {
     3: ("pipeline", "checkpoint", "engine"),
     4: ("environment", "identity", "loading", "service", "cancellation", "request_inputs", "evaluation", "serving"),
     5: ("build", "report", "throughput"),
-    6: ("cli", "__main__"),
+    6: ("terminal", "cli", "__main__"),
 }
 TIER_OF = {room: tier for tier, rooms in TIERS.items() for room in rooms}
 STRANGERS = [("sparsity", "quantization"), ("checkpoint", "pipeline"), ("engine", "checkpoint"), ("engine", "pipeline")]

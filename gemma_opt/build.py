@@ -8,11 +8,10 @@ evaluated is the one loaded back from the folder through the service, so one tha
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -102,7 +101,8 @@ def build(
     """Compress a recipe's base weights into the finished checkpoint `out`.
 
     base: other weights for the same recipe (folder or GGUF file). questions: how many pictures base and result are
-    asked about; 0 skips the evaluation of both. Raises UsageError, CheckpointError, EngineError; `out` is then untouched.
+    asked about; 0 skips the evaluation of both. Raises UsageError, CheckpointError, EngineError; `out` is then untouched, but
+    where only the evaluation failed: `out` is finished then, and lacks these figures.
     """
     started = time.monotonic()
     place = gemma.device_of(device)
@@ -120,16 +120,9 @@ def build(
             tune(take_weights(loaded.model, release=False, arrange=arrangement(place)), folder / checkpoint.COMPILE_CACHE)
         checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
         del loaded
-        with ExitStack() as opened:
-            with keeping_compiled(
-                folder / checkpoint.COMPILE_CACHE
-            ):  # of this model alone, not of the base it is compared with
-                service = opened.enter_context(closing(Service.load(Source(recipe, folder), device)))
-                smoke = "".join(
-                    service.stream(Request(prompt=SMOKE_PROMPT, max_new_tokens=16, min_new_tokens=1, temperature=0.0))
-                )
-                quiz = _quiz(service, questions, "evaluate", progress)
-            found = _compare(service, quiz, str(files.path), device, questions, progress) if questions else _NOTHING
+        with keeping_compiled(folder / checkpoint.COMPILE_CACHE), closing(Service.load(Source(recipe, folder), device)) as one:
+            smoke = "".join(one.stream(Request(prompt=SMOKE_PROMPT, max_new_tokens=16, min_new_tokens=1, temperature=0.0)))
+            quiz = _quiz(one, questions, "evaluate", progress)
         if recipe.compiled:
             with storage_errors(out):
                 save_artifacts(folder / checkpoint.COMPILE_CACHE)
@@ -140,15 +133,18 @@ def build(
             base_bytes=2 * base_parameters,
             bytes=checkpoint.weight_bytes(folder),
             sparsity=inspection.linear_sparsity(layers),
-            base_quality=found.base,
-            quality=found.result,
-            agreement=found.agreement,
+            base_quality=None,
+            quality=None,
+            agreement=None,
             smoke_answer=smoke,
         )
-        with storage_errors(out):
-            (folder / checkpoint.QUALITY).write_text(json.dumps(report.to_json(), indent=1), "utf-8")
-        checkpoint.seal(folder, checkpoint.read_manifest(folder).with_measured(report.to_json()))
+        checkpoint.seal(folder, checkpoint.read_manifest(folder))
+        checkpoint.record_figures(folder, report.to_json())
     work.store.clear()
+    if questions:  # the work is safe now, whatever becomes of the comparison
+        compared = _compare(Source(recipe, out), quiz, str(files.path), device, questions, progress)
+        report = replace(compared.added_to(report), seconds=time.monotonic() - started)
+        checkpoint.record_figures(out, report.to_json())
     return report
 
 
@@ -194,25 +190,25 @@ def _origin(recipe: Recipe, identity: dict[str, object], device: torch.device) -
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Compared:
     """Both models' quality, and how far one strays from the other."""
 
-    base: Quality | None
-    result: Quality | None
-    agreement: Agreement | None
+    base: Quality
+    result: Quality
+    agreement: Agreement
 
-
-_NOTHING = _Found(None, None, None)
+    def added_to(self, report: BuildReport) -> BuildReport:
+        return replace(report, base_quality=self.base, quality=self.result, agreement=self.agreement)
 
 
 def _compare(
-    service: Service, quiz: QuizScore | None, base: str, device: str | None, questions: int, progress: pipeline.Progress
-) -> _Found:
-    """Measure the finished model beside its base, which is loaded for it: every passage goes through each of them once."""
-    with closing(Service.load(Source(dense_recipe(base)), device)) as dense:
+    source: Source, quiz: QuizScore | None, base: str, device: str | None, questions: int, progress: pipeline.Progress
+) -> _Compared:
+    """Measure the finished model beside its base: every passage goes through each of them once. quiz: the model's own."""
+    with closing(Service.load(source, device)) as service, closing(Service.load(Source(dense_recipe(base)), device)) as dense:
         base_quiz = _quiz(dense, questions, "evaluate the base", progress)
         found = agreement(dense.ready, service.ready, _passages(service.ready))
-    return _Found(Quality(found.reference_perplexity, base_quiz), Quality(found.perplexity, quiz), found)
+    return _Compared(Quality(found.reference_perplexity, base_quiz), Quality(found.perplexity, quiz), found)
 
 
 def _passages(ready: Ready) -> Iterable[Passage]:

@@ -7,6 +7,7 @@ strict: wrong hash, missing or surplus tensor, or anything left on the meta devi
 
 from __future__ import annotations
 
+import json
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -115,9 +116,26 @@ def seal(folder: Path, manifest: Manifest) -> None:
         (folder / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=1), "utf-8")
 
 
+def record_figures(folder: Path, measured: dict[str, object]) -> None:
+    """Put a build's figures into a sealed folder: quality.json, and the same in the manifest. Raises StorageError (E3005).
+
+    Each file is replaced at once, and no hash covers quality.json: whoever stops in between leaves a folder that loads.
+    """
+    with storage_errors(folder):
+        _replace_text(folder / QUALITY, json.dumps(measured, indent=1))
+        _replace_text(folder / MANIFEST, read_manifest(folder).with_measured(measured).model_dump_json(indent=1))
+
+
+def _replace_text(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, "utf-8")
+    fresh.replace(path)
+
+
 def _files_of(folder: Path) -> list[str]:
-    """Every file but the manifest, by its path in the folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    """Every file but the manifest and the figures, by its path in the folder."""
+    apart = {folder / MANIFEST, folder / QUALITY}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in apart)
     return [path.relative_to(folder).as_posix() for path in paths]
 
 
@@ -197,7 +215,11 @@ def verify(folder: Path, manifest: Manifest) -> None:
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         faults = [row for row in pool.map(fault, manifest.files, manifest.files.values()) if row]
     strange = sorted(set(_files_of(folder)) - manifest.files.keys())
-    faults += [f"{name}: not in the manifest" for name in strange if _is_weights(name) or name.startswith(f"{COMPILE_CACHE}/")]
+    surplus = [name for name in strange if _is_weights(name) or name.startswith(f"{COMPILE_CACHE}/")]
+    unnamed = [f"{name}: not in the manifest" for name in surplus]
+    if unnamed and not faults:
+        raise CorruptCheckpoint(f"{folder} holds files that nobody hashed; remove them:\n" + "\n".join(unnamed))
+    faults += unnamed
     if faults:
         raise CorruptCheckpoint(
             f"{folder} is damaged:\n"

@@ -7,7 +7,6 @@ this package is one line that starts with its code. Verbs import what they need:
 from __future__ import annotations
 
 import errno
-import json
 import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -66,7 +65,7 @@ def compress(
         if not force:
             typer.echo(f"{target} is already built from this recipe (--force builds it again)", err=True)
             if as_json:
-                print_json(json.loads((target / checkpoint.QUALITY).read_text("utf-8")))
+                print_json(checkpoint.read_manifest(target).measured)
             return
     elif target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UsageError(f"{target} is no checkpoint, and only checkpoints are replaced: choose another --out")

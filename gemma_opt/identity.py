@@ -60,6 +60,6 @@ def _other_teacher(recipe: Recipe) -> BaseModelSection | None:
 
 def _same_weights(recorded: Mapping[str, object], section: BaseModelSection, override: str | None) -> bool:
     pinned = (section.base, section.revision)
-    if override is None and section.revision and (recorded.get("name"), recorded.get("revision")) == pinned:
-        return True
+    if override is None and section.revision:  # a hub's commit: what is recorded is that one or another
+        return (recorded.get("name"), recorded.get("revision")) == pinned
     return gemma.locate(section, override).identity()["files"] == recorded.get("files")

@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from urllib.parse import unquote
 
 from PIL import Image, ImageOps
@@ -33,7 +33,7 @@ MIN_SIDE, MAX_SIDE = 8, 8192
 MAX_PIXELS = 40_000_000  # 160 MB decoded; above any phone's usual picture
 MAX_ASPECT = 50  # beyond it the model's square input shows nothing
 DECODE_TIMEOUT_S = 10.0
-DECODED_AT_ONCE = 2  # by all requests together: a picture takes up to 160 MB, and as much again while it is converted
+DECODED_AT_ONCE = 2  # by all requests together: a picture takes up to 160 MB, and two to three times that while it is converted
 SOURCES = "a data URI (data:image/png;base64,…) or an http(s) URL"
 FORMATS = "PNG, JPEG, WEBP or GIF"
 LIMITS = f"sides of {MIN_SIDE} to {MAX_SIDE} pixels, {MAX_PIXELS // 10**6} megapixels, an aspect ratio of {MAX_ASPECT}"
@@ -70,17 +70,20 @@ class _TimedBytes(io.BytesIO):
         return super().read(size)
 
 
-def decode_image(data: bytes, timeout_s: float = DECODE_TIMEOUT_S) -> Image.Image:
+def decode_image(
+    data: bytes, timeout_s: float = DECODE_TIMEOUT_S, while_waiting: Callable[[], None] = lambda: None
+) -> Image.Image:
     """An encoded picture → its first frame: upright, on white where it was transparent, RGB, without metadata.
 
-    Size and shape are checked before any pixel is decoded. Raises ImageError (E1010).
+    Size and shape are checked before any pixel is decoded. while_waiting: called again and again until it is this picture's
+    turn; what it raises ends the wait. Raises ImageError (E1010).
     """
     if len(data) > MAX_BYTES:
         raise ImageError(TOO_LARGE)
     reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
     if reader is None:
         raise ImageError(f"not a picture: {FORMATS} is needed")
-    with _turn_to_decode():
+    with _turn_to_decode(while_waiting):
         return _decode(reader, data, timeout_s)
 
 
@@ -88,9 +91,9 @@ _decoding = threading.BoundedSemaphore(DECODED_AT_ONCE)
 
 
 @contextlib.contextmanager
-def _turn_to_decode() -> Generator[None]:
+def _turn_to_decode(while_waiting: Callable[[], None]) -> Generator[None]:
     while not _decoding.acquire(timeout=POLL_S):
-        pass
+        while_waiting()
     try:
         yield
     finally:
@@ -138,18 +141,19 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 # Any source
 
 
-def load_image(source: str, policy: FetchPolicy = STRICT) -> Image.Image:
+def load_image(source: str, policy: FetchPolicy = STRICT, while_waiting: Callable[[], None] = lambda: None) -> Image.Image:
     """A client's picture as RGB: `source` is SOURCES.
 
-    Fetching takes at most `policy.timeout_s`, and no wait in it is longer than `fetching.POLL_S`. Raises ImageError (E1010)
-    for what is not a picture within LIMITS, ImageFetchError (E1011), always with the same text, for all network causes.
+    while_waiting: see `decode_image`. Fetching takes at most `policy.timeout_s`, and no wait in it is longer than
+    `fetching.POLL_S`. Raises ImageError (E1010) for what is not a picture within LIMITS, ImageFetchError (E1011), always with
+    the same text, for all network causes.
     """
     source = source.strip()
     scheme = source[:8].partition(":")[0].lower()
     if scheme == "data":
-        return decode_image(_parse_data_uri(source))
+        return decode_image(_parse_data_uri(source), while_waiting=while_waiting)
     if scheme in ("http", "https"):
-        return decode_image(fetch(source, policy))
+        return decode_image(fetch(source, policy), while_waiting=while_waiting)
     raise ImageError(f"an image must be {SOURCES}")
 
 

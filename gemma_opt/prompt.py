@@ -201,7 +201,7 @@ class PromptEncoder:
             images, sequence = self._encode_picture(picture, pan_and_scan)
             pixels += images
             sequences.append(sequence)
-            room -= len(self._encode_text(sequence)) - len(self._encode_text(whole))
+            room -= len(self._encode_text(sequence)) - len(self._encode_text(whole))  # a token too few at most: to stop early
             if room < 0:
                 self._refuse(self.context - 1 - room)
         return EncodedPrompt(tuple(self._ids_of(turns, sequences)), tuple(pixels), len(pictures))

@@ -229,13 +229,14 @@ class Service:
     def stream(self, request: Request, before_picture: Callable[[], None] = lambda: None) -> Reply:
         """Check and encode a request, queue it, and return its answer's stream. Raises InputError or EngineError.
 
-        before_picture: called before each picture is fetched and decoded; what it raises ends the request.
+        before_picture: called before each picture is fetched, and while it waits to be decoded; what it raises ends the
+        request.
         """
 
         def later(source: str) -> Picture:
             def load() -> Image.Image:
                 before_picture()
-                return load_image(source)
+                return load_image(source, while_waiting=before_picture)
 
             return load
 

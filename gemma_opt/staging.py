@@ -43,6 +43,7 @@ def staging(out: Path, needed_bytes: int) -> Generator[Path]:
     What killed writers of the same `out` left is removed first; an `out` that one of them had moved aside is put back.
     Raises StorageError (E3005) where the disk refuses, and before anything is written if it has too little room.
     """
+    out = out.resolve()  # a link stays, and what it names is replaced
     with _ended_by_sigterm():
         with storage_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)

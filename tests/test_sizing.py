@@ -110,10 +110,10 @@ def test_the_4b_peaks_a_little_below_where_an_h100_measured_an_older_engine(name
     """The planner once said 4.52 GB of int8 and 3.21 of int4, where 4.89 and 3.58 were measured.
 
     Since then unfused attention, a second stream's workspace of cuBLAS and a whole converted int4 matrix are gone: up to
-    0.25 GB. To be measured again, and then to be met.
+    0.3 GB. To be measured again, and then to be met.
     """
     sized, measured = size_up(Recipe.load(f"gemma-3-4b-{name}"), context=1024, slots=slots), measured_peak(stored, slots == 1)
-    assert measured - 0.25e9 < sized.total_bytes < measured
+    assert measured - 0.3e9 < sized.total_bytes < measured
 
 
 @pytest.mark.parametrize(("name", "goal"), [("int8", 4.6e9), ("int4", 3.4e9), ("int4-g128", 3.1e9)])

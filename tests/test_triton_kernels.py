@@ -277,6 +277,9 @@ def test_inputs_on_a_grid_are_those_of_the_torch_operations_to_the_bit(activatio
     assert meant_scales is not None
     assert torch.equal(steps, meant)
     assert torch.equal(scales, meant_scales.flatten().expand(3))
+    partial[0, 1, 5] = torch.nan
+    settle(partial, activation, scale, steps, scales)
+    assert scales.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40, 70])

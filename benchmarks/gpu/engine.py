@@ -20,7 +20,7 @@ FORMATS = ("int8", "int4-g128", "int4-g32")
 TOGETHER = (1, 2, 4, 8, 16)
 TEXT_TOKENS, REPLY_TOKENS = 64, 128
 MEMORY_TOKENS = 750  # prompt and reply together, one slot: the memory goal's condition
-MEMORY_CONTEXT = 768
+MEMORY_CONTEXT = 752
 REPEATS = 10
 
 

@@ -85,10 +85,26 @@ def attend_to_chunk(query: Tensor, keys: Tensor, values: Tensor, visible: Visibl
 
     keys, values: [kv_heads, keys, head_dim], the last of which somebody sees.
     """
-    out = functional.scaled_dot_product_attention(
-        query.transpose(0, 1)[None], keys[None], values[None], attn_mask=visible.mask, scale=scale, enable_gqa=True
-    )
-    return out[0].transpose(0, 1)
+    bias = bias_of(visible.mask, query.shape[1] // keys.shape[0], query.dtype)
+    return grouped_attention(query, keys, values, bias, scale)
+
+
+def bias_of(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """0 where a token sees and −∞ where not: [tokens · group, keys] of a mask [tokens, keys]."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf).repeat_interleave(group, 0)
+
+
+def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The same with a `bias_of` what each token sees.
+
+    Heads that share keys are rows of one head: so no keys are repeated, and torch takes a fused kernel, which it does not for
+    grouped heads with a mask.
+    """
+    tokens, heads, head_dim = query.shape
+    kv_heads = keys.shape[0]
+    rows = query.reshape(tokens, kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
+    out = functional.scaled_dot_product_attention(rows[None], keys[None], values[None], attn_mask=bias, scale=scale)[0]
+    return out.view(kv_heads, tokens, -1, head_dim).transpose(0, 1).reshape(tokens, heads, head_dim)
 
 
 def rows_of(table: FloatRows | Int8Rows, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from gemma_opt.engine.graphs import Recorder
 from gemma_opt.gemma import GemmaModel, weights_device
 
-CACHE_BYTES = 32 * 2**20  # 25 pictures of the 4B model in bfloat16: more than a request may have
+CACHE_BYTES = 32 * 2**20  # 25 pictures of the 4B model in bfloat16
 
 Encode = Callable[[Tensor], Tensor]
 """[3, side, side] float32 → soft tokens [tokens, hidden]."""

@@ -254,7 +254,7 @@ inline void dots_int8_grid(const Matrix& m, int64_t first, const float* x, int64
   for (; k + kBytes <= m.in; k += kBytes) {
     if (ahead) {
       for (int o = 0; o < O; ++o) fetch(data + o * m.in + k + ahead);
-      if (R == 1) simd::settle();
+      if (R == 1) simd::wait_for_loads();
     }
     add_int8<R, O>(data, m.in, x, shape.stride(), k, kBytes, sums);
   }
@@ -484,10 +484,17 @@ inline float to_e4m3(float x) {
   return std::fabs(x) < kLeast ? std::nearbyint(x * kSteps) / kSteps : rounded;
 }
 
-// out = x / scale on a grid; returns the scale. `quantize_input` in Python does the same.
+// out = x / scale on a grid; returns the scale. `quantize_input` in Python does the same. A NaN in x, which no integer can be,
+// makes the scale one, and so all results.
 float to_grid(const Matrix& m, const float* x, float* out) {
   const float limit = m.grid == kInt8Grid ? 127.0f : 448.0f;
   float scale = m.input_scale;
+  bool broken = false;
+  for (int64_t k = 0; k < m.in; ++k) broken |= std::isnan(x[k]);
+  if (broken) {
+    std::fill_n(out, m.in, 0.0f);
+    return std::nanf("");
+  }
   if (scale == 0.0f) {
     float greatest = 1e-12f;
     for (int64_t k = 0; k < m.in; ++k) greatest = std::max(greatest, std::fabs(x[k]));

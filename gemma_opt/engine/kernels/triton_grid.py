@@ -50,7 +50,11 @@ def _settle_kernel(partial, rows, input_scale, steps, scales, splits: tl.constex
             scale = tl.load(input_scale)
         else:
             scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 0), 1e-12), limit * 1.0)
-        x = tl.minimum(tl.maximum(tl.div_rn(x, scale), -limit), limit)
+        if tl.sum((x != x).to(tl.int32), 0) > 0:  # no step can be NaN, and maxima lose it: the scale says it
+            scale = scale * float("nan")
+            x = tl.zeros_like(x)
+        else:
+            x = tl.minimum(tl.maximum(tl.div_rn(x, scale), -limit), limit)
         x = _nearest_whole(x) if limit == 127 else _nearest_e4m3(x)
         tl.store(scales + row, scale)
     tl.store(steps + row * width + d, x.to(steps.dtype.element_ty), mask=inside)

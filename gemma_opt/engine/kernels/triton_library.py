@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -14,8 +17,10 @@ PIECE_BYTES = 32 * 2**20  # of converted weights at a time: a 4B model's largest
 
 def multiply_by_library(matrix: Matrix, x: Tensor, x_scale: Tensor | None = None) -> Tensor:
     """x · Wᵀ in x's dtype. x: [rows, in], or with x_scale, float32 [rows], its steps."""
+    if x_scale is not None and _are_integers(matrix, x):
+        return _multiply_integers(matrix, x, x_scale)
     if x_scale is not None:
-        return (_integers(matrix, x) * x_scale[:, None]).to(x.dtype)
+        return multiply_by_library(matrix, x).mul_(x_scale[:, None])
     if matrix.scale is None:
         return functional.linear(x, matrix.weight)
     out = torch.empty(x.shape[0], matrix.out_features, dtype=x.dtype, device=x.device)
@@ -29,11 +34,18 @@ def multiply_by_library(matrix: Matrix, x: Tensor, x_scale: Tensor | None = None
     return out
 
 
-def _integers(matrix: Matrix, steps: Tensor) -> Tensor:
-    """The product with steps: on the integer units, without converting the weights, where steps and weights are int8."""
+def _are_integers(matrix: Matrix, steps: Tensor) -> bool:
+    """Whether the integer units take weights and steps as they are."""
     whole = matrix.weight.dtype == torch.int8 and matrix.activation.startswith("int8")
-    sizes = steps.shape[0] >= LEAST_INTEGER_ROWS and matrix.in_features % 8 == 0 and matrix.out_features % 8 == 0
-    if whole and sizes and matrix.scale is not None:
-        product: Tensor = getattr(torch, "_int_mm")(steps.to(torch.int8), matrix.weight.T)  # noqa: B009 not among torch's types
-        return product * matrix.scale
-    return multiply_by_library(matrix, steps)
+    return whole and steps.shape[0] >= LEAST_INTEGER_ROWS and matrix.in_features % 8 == 0 and matrix.out_features % 8 == 0
+
+
+def _multiply_integers(matrix: Matrix, steps: Tensor, x_scale: Tensor) -> Tensor:
+    narrow, scale = steps.to(torch.int8), cast(Tensor, matrix.scale)
+    out = torch.empty(steps.shape[0], matrix.out_features, dtype=steps.dtype, device=steps.device)
+    outputs = max(8, PIECE_BYTES // (4 * steps.shape[0]) // 8 * 8)  # of a piece, whose sums have 4 bytes
+    multiply: Callable[[Tensor, Tensor], Tensor] = getattr(torch, "_int_mm")  # noqa: B009 not among torch's types
+    for begin in range(0, matrix.out_features, outputs):
+        piece = slice(begin, begin + outputs)
+        out[:, piece] = multiply(narrow, matrix.weight[piece].T).float().mul_(scale[piece]).mul_(x_scale[:, None])
+    return out

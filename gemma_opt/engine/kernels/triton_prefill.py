@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gemma_opt.engine.cache import KvCache, LayerCache
+from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.kernels.triton_layer import add_norm, place_qkv
-from gemma_opt.engine.linear import rms_norm
+from gemma_opt.engine.linear import bias_of, grouped_attention, rms_norm
 from gemma_opt.engine.packed import PackedLinear
 from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import TextWeights
@@ -35,36 +35,21 @@ class TritonPrefill:
         normed = rms_norm(residual, layers[0].input_norm, shape.eps)
         query = torch.empty(rows, shape.heads, shape.head_dim, dtype=weights.dtype, device=weights.device)
         next_norms = [layer.input_norm for layer in layers[1:]] + [weights.final_norm]
-        biases = {sliding: self._bias_of(mask) for sliding, mask in masks.items()}
+        group = shape.heads // shape.kv_heads
+        biases = {sliding: bias_of(mask, group, weights.dtype) for sliding, mask in masks.items()}
         for layer, cache, next_norm in zip(layers, self._cache.layers, next_norms, strict=True):
             cos, sin = self._rope.sliding if layer.sliding else self._rope.full
             place_qkv(
                 self._linear(layer.qkv, normed)[None], slots, positions, layer.query_norm, layer.key_norm, cos, sin,
                 query, cache.keys, cache.values, eps=shape.eps,
             )  # fmt: skip
-            mixed = self._linear(layer.o, self._attend(query, cache, slot, biases[layer.sliding]))
+            bias = biases[layer.sliding]
+            keys, values = (part[:, :, : bias.shape[1]].index_select(0, slot)[0] for part in (cache.keys, cache.values))
+            attended = grouped_attention(query, keys, values, bias, shape.attention_scale)
+            mixed = self._linear(layer.o, attended.flatten(1))
             add_norm(mixed[None], layer.post_attention_norm, residual, layer.pre_mlp_norm, normed, eps=shape.eps)
             gate, up = self._linear(layer.gate_up, normed).chunk(2, dim=-1)
             mixed = self._linear(layer.down, functional.gelu(gate, approximate="tanh") * up)
             del gate, up  # 21 MB of a 4B's chunk of 512, which the next layer's products want
             add_norm(mixed[None], layer.post_mlp_norm, residual, next_norm, normed, eps=shape.eps)
         return self._linear(weights.head, normed.index_select(0, last)).float()[0]
-
-    def _bias_of(self, mask: Tensor) -> Tensor:
-        """0 where a row sees and −∞ where not, in the activations' dtype: [rows · heads that share keys, reach]."""
-        bias = torch.zeros_like(mask, dtype=self._weights.dtype).masked_fill_(~mask, -torch.inf)
-        return bias.repeat_interleave(self._weights.shape.heads // self._weights.shape.kv_heads, 0)
-
-    def _attend(self, query: Tensor, cache: LayerCache, slot: Tensor, bias: Tensor) -> Tensor:
-        """[rows, heads · head_dim]. query: [rows, heads, head_dim].
-
-        Heads that share keys are rows of one head: so no keys are repeated, and torch takes a fused kernel, which it does not
-        for grouped heads with a mask.
-        """
-        shape, rows = self._weights.shape, query.shape[0]
-        grouped = query.view(rows, shape.kv_heads, -1, shape.head_dim).transpose(0, 1).flatten(1, 2)
-        keys, values = (part[:, :, : bias.shape[1]].index_select(0, slot) for part in (cache.keys, cache.values))
-        out = functional.scaled_dot_product_attention(grouped[None], keys, values, attn_mask=bias, scale=shape.attention_scale)[
-            0
-        ]  # [kv_heads, rows · group, head_dim]
-        return out.view(shape.kv_heads, rows, -1, shape.head_dim).transpose(0, 1).flatten(1)

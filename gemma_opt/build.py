@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -112,39 +112,43 @@ def build(
     needed = make_plan(loaded.model, recipe).bytes + OVERHEAD_BYTES
     identity = identity_of(recipe, files)
     work = _Work.of(recipe, identity, loaded, out, place)
-    with staging(out, needed) as folder:
-        plan = pipeline.compress(loaded.model, recipe, progress, work.calibration, work.distill)
-        _refuse_broken_logits(loaded.model)
-        layers = inspection.measure(loaded.model, plan)
-        if recipe.engine.kind == "fast" and place.type == "cuda":  # before the folder is sealed: what it holds then is all
-            tune(take_weights(loaded.model, release=False, arrange=arrangement(place)), folder / checkpoint.COMPILE_CACHE)
-        checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
-        del loaded
-        with keeping_compiled(folder / checkpoint.COMPILE_CACHE), closing(Service.load(Source(recipe, folder), device)) as one:
-            smoke = "".join(one.stream(Request(prompt=SMOKE_PROMPT, max_new_tokens=16, min_new_tokens=1, temperature=0.0)))
-            quiz = _quiz(one, questions, "evaluate", progress)
-        if recipe.compiled:
-            with storage_errors(out):
-                save_artifacts(folder / checkpoint.COMPILE_CACHE)
-        report = BuildReport(
-            folder=out,
-            recipe=recipe,
-            seconds=time.monotonic() - started,
-            base_bytes=2 * base_parameters,
-            bytes=checkpoint.weight_bytes(folder),
-            sparsity=inspection.linear_sparsity(layers),
-            base_quality=None,
-            quality=None,
-            agreement=None,
-            smoke_answer=smoke,
-        )
-        checkpoint.seal(folder, checkpoint.read_manifest(folder))
-        checkpoint.record_figures(folder, report.to_json())
-    work.store.clear()
-    if questions:  # the work is safe now, whatever becomes of the comparison
-        compared = _compare(Source(recipe, out), quiz, str(files.path), device, questions, progress)
-        report = replace(compared.added_to(report), seconds=time.monotonic() - started)
-        checkpoint.record_figures(out, report.to_json())
+    with ExitStack() as opened:
+        with staging(out, needed) as folder:
+            plan = pipeline.compress(loaded.model, recipe, progress, work.calibration, work.distill)
+            _refuse_broken_logits(loaded.model)
+            layers = inspection.measure(loaded.model, plan)
+            if recipe.engine.kind == "fast" and place.type == "cuda":  # before the folder is sealed: what it holds then is all
+                tune(take_weights(loaded.model, release=False, arrange=arrangement(place)), folder / checkpoint.COMPILE_CACHE)
+            checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
+            del loaded
+            with keeping_compiled(folder / checkpoint.COMPILE_CACHE):
+                service = opened.enter_context(closing(Service.load(Source(recipe, folder), device)))
+                smoke = "".join(
+                    service.stream(Request(prompt=SMOKE_PROMPT, max_new_tokens=16, min_new_tokens=1, temperature=0.0))
+                )
+                quiz = _quiz(service, questions, "evaluate", progress)
+            if recipe.compiled:
+                with storage_errors(out):
+                    save_artifacts(folder / checkpoint.COMPILE_CACHE)
+            report = BuildReport(
+                folder=out,
+                recipe=recipe,
+                seconds=time.monotonic() - started,
+                base_bytes=2 * base_parameters,
+                bytes=checkpoint.weight_bytes(folder),
+                sparsity=inspection.linear_sparsity(layers),
+                base_quality=None,
+                quality=None,
+                agreement=None,
+                smoke_answer=smoke,
+            )
+            checkpoint.seal(folder, checkpoint.read_manifest(folder))
+            checkpoint.record_figures(folder, report.to_json())
+        work.store.clear()
+        if questions:  # the work is safe now, whatever becomes of the comparison
+            compared = _compare(service, quiz, str(files.path), device, questions, progress)
+            report = replace(compared.added_to(report), seconds=time.monotonic() - started)
+            checkpoint.record_figures(out, report.to_json())
     return report
 
 
@@ -202,10 +206,10 @@ class _Compared:
 
 
 def _compare(
-    source: Source, quiz: QuizScore | None, base: str, device: str | None, questions: int, progress: pipeline.Progress
+    service: Service, quiz: QuizScore | None, base: str, device: str | None, questions: int, progress: pipeline.Progress
 ) -> _Compared:
     """Measure the finished model beside its base: every passage goes through each of them once. quiz: the model's own."""
-    with closing(Service.load(source, device)) as service, closing(Service.load(Source(dense_recipe(base)), device)) as dense:
+    with closing(Service.load(Source(dense_recipe(base)), device)) as dense:
         base_quiz = _quiz(dense, questions, "evaluate the base", progress)
         found = agreement(dense.ready, service.ready, _passages(service.ready))
     return _Compared(Quality(found.reference_perplexity, base_quiz), Quality(found.perplexity, quiz), found)

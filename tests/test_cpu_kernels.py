@@ -238,7 +238,7 @@ def test_attention_of_a_chunk_is_torchs(library: ctypes.CDLL, heads: int, kv_hea
     position = torch.arange(tokens) + history
     end = position + 1
     end[5:14] = history + 14
-    visible = Visible(position - window + 1, end)
+    visible = Visible(position - window + 1, end, heads // kv_heads, torch.float32)
     keys[:, : history - window + 1] = values[:, : history - window + 1] = torch.nan
     expected = attend_to_chunk(query, keys.nan_to_num(), values.nan_to_num(), visible, 0.3)
     for threads in (1, 3):

@@ -409,7 +409,7 @@ def test_whole_prefill_of_a_chunk(stored: str) -> None:
         last = torch.tensor([end - begin - 1], device=DEVICE)
         embeddings = mine.embed(ids[begin : end + 3])
         meant = expected.prefill_static(StaticChunk(embeddings, positions, slot, last, pictures))
-        found = prefill(embeddings, positions, slot, last, mine.masks(positions, pictures))
+        found = prefill(embeddings, positions, slot, last, mine.biases(positions, pictures))
         assert error(found, meant) < 10 * CLOSE
     for found, meant in zip(mine.cache.layers, expected.cache.layers, strict=True):
         assert error(found.keys, meant.keys) < 10 * CLOSE

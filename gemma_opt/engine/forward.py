@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from gemma_opt.engine.cache import KvCache, LayerCache
 from gemma_opt.engine.kernels import ChunkAttention, DecodeStep, Linear, PrefillStep, find_kernels
-from gemma_opt.engine.linear import Visible, attend_to_chunk, linear, rms_norm, rows_of
+from gemma_opt.engine.linear import Visible, attend_to_chunk, bias_of, grouped_attention, linear, rms_norm, rows_of
 from gemma_opt.engine.rope import RopeTables, Rotation, rotate
 from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
 
@@ -76,7 +76,7 @@ class TextModel:
             raise ValueError(f"a chunk from {start} to {end} tears pictures at {torn}")
         inside = [span for span in image_spans if start <= span[0] and span[1] <= end]
         visible = {
-            sliding: _visible(start, end, self._history_begin(start, sliding=sliding), inside, window, embeddings.device)
+            sliding: self._visible(start, end, self._history_begin(start, sliding=sliding), inside, window)
             for sliding, window in ((True, self.cache.window), (False, None))
         }
         rotations = {sliding: self.rope.at(slice(start, end), sliding=sliding) for sliding in (True, False)}
@@ -92,28 +92,27 @@ class TextModel:
         Rows after `last` may hold anything finite: nobody looks at them, and later positions overwrite what they leave in
         the cache. All positions lie below `reach`, no ring wraps: the caller sees to it.
         """
-        masks = self.masks(chunk.positions, chunk.pictures)
-        return self._prefill_step(chunk.embeddings, chunk.positions, chunk.slot, chunk.last, masks)
+        biases = self.biases(chunk.positions, chunk.pictures)
+        return self._prefill_step(chunk.embeddings, chunk.positions, chunk.slot, chunk.last, biases)
 
-    def masks(self, positions: Tensor, pictures: Tensor) -> dict[bool, Tensor]:
-        """Which positions below `reach` each row sees, in sliding (True) and in full layers: bool [rows, reach].
+    def biases(self, positions: Tensor, pictures: Tensor) -> dict[bool, Tensor]:
+        """The `bias_of` what each row sees below `reach`, in sliding (True) and in full layers: [rows · group, reach].
 
         positions: int64 [rows]; pictures: int64 [reach], see `StaticChunk`.
         """
         reach = torch.arange(pictures.shape[0], device=positions.device)
         query, own = positions[:, None], pictures[positions][:, None]
         same_picture = (own > 0) & (own == pictures)
-        return {
-            sliding: _seen(query, reach, same_picture, window) for sliding, window in ((True, self.cache.window), (False, None))
-        }
+        seen = {True: _seen(query, reach, same_picture, self.cache.window), False: _seen(query, reach, same_picture, None)}
+        return {sliding: bias_of(mask, self.weights.shape.group, self.weights.dtype) for sliding, mask in seen.items()}
 
     def _prefill_with_torch(
-        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, masks: Mapping[bool, Tensor]
+        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, biases: Mapping[bool, Tensor]
     ) -> Tensor:
         rotations = {sliding: self.rope.at(positions, sliding=sliding) for sliding in (True, False)}
         x = embeddings
         for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
-            attend = self._static_attention(cache, slot, positions, masks[layer.sliding])
+            attend = self._static_attention(cache, slot, positions, biases[layer.sliding])
             x = _block(x, layer, self.weights.shape, rotations[layer.sliding], self._linear, attend)
         return self._logits(x.index_select(0, last))[0]
 
@@ -153,6 +152,16 @@ class TextModel:
         """The first position that a chunk's tokens can see."""
         return max(0, start - self.cache.window + 1) if sliding else 0
 
+    def _visible(self, start: int, end: int, history: int, spans: Sequence[Span], window: int | None) -> Visible:
+        """Which positions each token of a chunk sees, counted from `history` on: see `_seen`."""
+        position = torch.arange(start, end, device=self.weights.device)
+        last = position + 1
+        for begin, stop in spans:
+            last[begin - start : stop - start] = stop
+        first = torch.zeros_like(position) if window is None else (position - window + 1).clamp(min=0)
+        shape, dtype = self.weights.shape, self.weights.dtype
+        return Visible((first - history).clamp(min=0), last - history, shape.group, dtype)
+
     def _chunk_attention(self, cache: LayerCache, slot: int, start: int, visible: Visible) -> Attend:
         """Attention of a chunk to what the slot holds and to itself; then the slot holds the chunk too."""
 
@@ -167,17 +176,13 @@ class TextModel:
 
         return attend
 
-    def _static_attention(self, cache: LayerCache, slot: Tensor, positions: Tensor, mask: Tensor) -> Attend:
-        """Store a chunk, then attend to all that the slot may hold, as far as the mask lets."""
+    def _static_attention(self, cache: LayerCache, slot: Tensor, positions: Tensor, bias: Tensor) -> Attend:
+        """Store a chunk, then attend to all that the slot may hold, as far as the bias lets."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache.append_(slot.expand_as(positions), positions, key, value)
-            keys, values = (part[:, :, : mask.shape[1]].index_select(0, slot) for part in (cache.keys, cache.values))
-            out = functional.scaled_dot_product_attention(
-                query.transpose(0, 1)[None], keys, values,
-                attn_mask=mask, scale=self.weights.shape.attention_scale, enable_gqa=True,
-            )  # fmt: skip
-            return out[0].transpose(0, 1)
+            keys, values = (part[:, :, : bias.shape[1]].index_select(0, slot)[0] for part in (cache.keys, cache.values))
+            return grouped_attention(query, keys, values, bias, self.weights.shape.attention_scale)
 
         return attend
 
@@ -208,16 +213,6 @@ def _block(x: Tensor, layer: LayerWeights, shape: TextShape, rotation: Rotation,
     gate, up = product(layer.gate_up, rms_norm(x, layer.pre_mlp_norm, shape.eps)).chunk(2, dim=-1)
     mlp = product(layer.down, functional.gelu(gate, approximate="tanh") * up)
     return x + rms_norm(mlp, layer.post_mlp_norm, shape.eps)
-
-
-def _visible(start: int, end: int, history: int, spans: Sequence[Span], window: int | None, device: torch.device) -> Visible:
-    """Which positions each token of a chunk sees, counted from `history` on: see `_seen`."""
-    position = torch.arange(start, end, device=device)
-    last = position + 1
-    for begin, stop in spans:
-        last[begin - start : stop - start] = stop
-    first = torch.zeros_like(position) if window is None else (position - window + 1).clamp(min=0)
-    return Visible((first - history).clamp(min=0), last - history)
 
 
 def _seen(query: Tensor, key: Tensor, same_picture: Tensor, window: int | None) -> Tensor:

@@ -68,16 +68,21 @@ def _(packed: Stacked, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Visible:
-    """Which keys each token of a chunk sees: those of indices begin ≤ i < end. int64 [tokens], begin < end."""
+    """Which keys each token of a chunk sees: those of indices begin ≤ i < end. int64 [tokens], begin < end.
+
+    group: heads that share keys; dtype: of the activations.
+    """
 
     begin: Tensor
     end: Tensor
+    group: int
+    dtype: torch.dtype
 
     @cached_property
-    def mask(self) -> Tensor:
-        """bool [tokens, keys], up to the last key that is seen."""
+    def bias(self) -> Tensor:
+        """See `bias_of`; up to the last key that is seen, and made once for all layers."""
         keys = torch.arange(int(self.end.max()), device=self.end.device)
-        return (keys >= self.begin[:, None]) & (keys < self.end[:, None])
+        return bias_of((keys >= self.begin[:, None]) & (keys < self.end[:, None]), self.group, self.dtype)
 
 
 def attend_to_chunk(query: Tensor, keys: Tensor, values: Tensor, visible: Visible, scale: float) -> Tensor:
@@ -85,8 +90,7 @@ def attend_to_chunk(query: Tensor, keys: Tensor, values: Tensor, visible: Visibl
 
     keys, values: [kv_heads, keys, head_dim], the last of which somebody sees.
     """
-    bias = bias_of(visible.mask, query.shape[1] // keys.shape[0], query.dtype)
-    return grouped_attention(query, keys, values, bias, scale)
+    return grouped_attention(query, keys, values, visible.bias, scale)
 
 
 def bias_of(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:

@@ -47,6 +47,11 @@ class TextShape:
     embedding_scale: float
 
     @property
+    def group(self) -> int:
+        """Query heads that share keys and values."""
+        return self.heads // self.kv_heads
+
+    @property
     def qkv_widths(self) -> tuple[int, int, int]:
         """Rows of query, key and value in the packed matrix."""
         return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim

@@ -30,9 +30,9 @@ class PrefillStep(Protocol):
     """A chunk of one slot's prompt: the part of `TextModel.prefill_static` that is the same for every chunk."""
 
     def __call__(
-        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, masks: Mapping[bool, Tensor]
+        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, biases: Mapping[bool, Tensor]
     ) -> Tensor:
-        """Float32 logits [vocabulary] after row `last`. masks: bool [rows, reach] of sliding (True) and of full layers."""
+        """Float32 logits [vocabulary] after row `last`. biases: [rows · group, reach], see `TextModel.biases`."""
         ...
 
 

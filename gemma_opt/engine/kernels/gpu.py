@@ -43,7 +43,7 @@ def find_gpu_kernels(
         return None
     from gemma_opt.engine.kernels.triton_compiled import install_compiled
     from gemma_opt.engine.kernels.triton_decode import TritonDecode
-    from gemma_opt.engine.kernels.triton_matrices import TritonLinear, linears_of, matrix_of, parts_of
+    from gemma_opt.engine.kernels.triton_matrices import TritonLinear
     from gemma_opt.engine.kernels.triton_prefill import TritonPrefill
     from gemma_opt.engine.kernels.triton_tuning import Tuning
 
@@ -51,9 +51,6 @@ def find_gpu_kernels(
         log.info("kernels that came with the checkpoint: %d", install_compiled(compile_cache))
     tuning = Tuning.load(compile_cache, weights.dtype)
     log.info("kernel blocks: %s", "measured for this GPU" if tuning.measured else "by the rule, not measured for this GPU")
-    parts = [part for packed in linears_of(weights) for part in parts_of(packed)]
-    if without := [part for part in parts if matrix_of(part) is None]:
-        log.warning("%d of %d linears have no GPU kernel: torch operations compute them", len(without), len(parts))
     step = TritonDecode(weights, cache, rope, tuning)
     linear = TritonLinear(tuning)
     linear.warm_up(weights)
@@ -86,7 +83,7 @@ def keeping_compiled(compile_cache: Path) -> Generator[list[dict[str, str]]]:
 def tune(weights: TextWeights, compile_cache: Path) -> None:
     """Measure the best blocks for every kind of matrix of these weights and write them down for this GPU; about a minute.
 
-    Nothing happens on a CPU, without Triton, or for formats that have no kernel.
+    Nothing happens on a CPU or without Triton.
     """
     if weights.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return

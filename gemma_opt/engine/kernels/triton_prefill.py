@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.kernels.triton_layer import add_norm, place_qkv
-from gemma_opt.engine.linear import bias_of, grouped_attention, rms_norm
+from gemma_opt.engine.linear import grouped_attention, rms_norm
 from gemma_opt.engine.packed import PackedLinear
 from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import TextWeights
@@ -25,7 +25,7 @@ class TritonPrefill:
         self._weights, self._cache, self._rope, self._linear = weights, cache, rope, linear
 
     def __call__(
-        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, masks: Mapping[bool, Tensor]
+        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, biases: Mapping[bool, Tensor]
     ) -> Tensor:
         """Float32 logits [vocabulary] after row `last`."""
         weights, shape = self._weights, self._weights.shape
@@ -35,8 +35,6 @@ class TritonPrefill:
         normed = rms_norm(residual, layers[0].input_norm, shape.eps)
         query = torch.empty(rows, shape.heads, shape.head_dim, dtype=weights.dtype, device=weights.device)
         next_norms = [layer.input_norm for layer in layers[1:]] + [weights.final_norm]
-        group = shape.heads // shape.kv_heads
-        biases = {sliding: bias_of(mask, group, weights.dtype) for sliding, mask in masks.items()}
         for layer, cache, next_norm in zip(layers, self._cache.layers, next_norms, strict=True):
             cos, sin = self._rope.sliding if layer.sliding else self._rope.full
             place_qkv(

@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode_worker CONTESTANT MODEL THREADS CONTEXT
 
-CONTESTANT: `ours:FORMAT` (fp32, int8, int4; of a folder any format), `transformers:DTYPE` (fp32, bf16),
-`transformers-compiled:DTYPE` or `bandwidth`.
+CONTESTANT: `ours:FORMAT` (fp32, int8, int4, int8_dynamic, int8_dynamic_int4; of a folder any format),
+`transformers:DTYPE` (fp32, bf16), `transformers-compiled:DTYPE` or `bandwidth`.
 MODEL: a base folder, or a published size (gemma-3-1b) with random weights. One JSON line when ready, then one for every
 line {"prompt": ids, "tokens": n, "rows": n} on stdin: seconds from the start until each token, and the peak of memory.
 """

@@ -35,8 +35,12 @@ def synthetic_model(shape: str, dtype: torch.dtype) -> Gemma3ForCausalLM:
 
 
 def random_linear(stored: str, out: int, columns: int) -> PackedLinear:
-    """Weights of about the size that keeps activations' size."""
+    """Weights of about the size that keeps activations' size. stored: fp32, bf16, int8, int4, or with int8 inputs too."""
     size = columns**-0.5
+    if stored in ("int8_dynamic", "int8_dynamic_int4"):
+        rows = random_linear("int4" if stored.endswith("int4") else "int8", out, columns)
+        assert isinstance(rows, Int8Rows | Int4Rows)
+        return GridInput(rows, "int8_dynamic", None)
     if stored == "int8":
         scale = torch.full((out,), size / 74)  # 74: the deviation of uniform int8
         return Int8Rows(torch.randint(-127, 128, (out, columns), dtype=torch.int8), scale)
@@ -49,7 +53,7 @@ def random_linear(stored: str, out: int, columns: int) -> PackedLinear:
 
 
 def synthetic_weights(shape: str, stored: str) -> TextWeights:
-    """Packed weights of that size. int8 and int4 have the int8 table; activations are float32."""
+    """Packed weights of that size. Integer formats have the int8 table; activations are float32."""
     config = text_config(shape)
     head_dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
     hidden, intermediate = config.hidden_size, config.intermediate_size
@@ -69,7 +73,7 @@ def synthetic_weights(shape: str, stored: str) -> TextWeights:
             post_mlp_norm=torch.ones(hidden),
         )
 
-    table = random_linear("int8" if stored == "int4" else stored, config.vocab_size, hidden)
+    table = random_linear("int8" if stored.startswith("int") else stored, config.vocab_size, hidden)
     if not isinstance(table, FloatRows | Int8Rows):
         raise TypeError("a table is float or int8")
     return TextWeights(

@@ -31,7 +31,7 @@ def describe() -> dict[str, object]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with "+changes" if tracked files differ.
+    """The commit of this checkout, with "+changes" if tracked files differ, other than results that were just measured.
 
     Outside a checkout what GEMMA_OPT_COMMIT says: trees are copied to GPU machines without their history. None without it.
     """
@@ -42,7 +42,8 @@ def commit() -> str | None:
     def ask(*arguments: str) -> str:
         return subprocess.run([git, *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 our own arguments
 
-    return ask("rev-parse", "HEAD") + ("+changes" if ask("status", "--porcelain", "--untracked-files=no") else "")
+    changes = ask("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return ask("rev-parse", "HEAD") + ("+changes" if changes else "")
 
 
 def _cpu_name() -> str:

@@ -25,11 +25,13 @@ from triton.compiler import ASTSource
 from gemma_opt.engine.batch import Level
 from gemma_opt.engine.kernels import triton_attention, triton_grid, triton_int4, triton_layer, triton_linear, triton_sampling
 from gemma_opt.engine.kernels.triton_compiled import install_compiled, keep_compiled
-from gemma_opt.engine.kernels.triton_linear import Blocks, blocks_for
+from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, blocks_for, fit
 from gemma_opt.engine.kernels.triton_tuning import MANY
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-DTYPES = {"int8": "i8", "bfloat16": "bf16", "fp8": "fp8e4nv", "int4": "u8"}
+SHARED_BYTES = {89: 99 * 1024, 90: 227 * 1024}  # that a program may have on an L40S and on an H100
+DTYPES = {"int8": "i8", "bfloat16": "bf16", "float32": "fp32", "fp8": "fp8e4nv", "int4": "u8"}
+STORED = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": torch.float8_e4m3fn}
 CHUNKS = {"vocabulary": 262_208, "stops": 2, "chunk": 64}
 SAMPLED = {
     **dict.fromkeys(("slots", "positions", "stops_from", "stop_ids", "best", "picked", "route", "top_k", "seed"), "i64"),
@@ -74,21 +76,54 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def linear(
-    kind: str, blocks: Blocks, *, gated: bool = False, group: int = 0, rows: int = 8, has_x_scale: bool = False
+    kind: str,
+    blocks: Blocks,
+    *,
+    gated: bool = False,
+    group: int = 0,
+    rows: int = 8,
+    has_x_scale: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Compile:
-    """The product of a [10240, 2560] matrix."""
+    """The product of a [10240, 2560] matrix with activations of a dtype, cut up as `multiply` does it on that GPU."""
+    outputs = 20_480 if gated else 10_240
+    weight = torch.empty(outputs, 1280 if group else 2560, dtype=STORED.get(kind, torch.uint8), device="meta")
+    matrix = Matrix(weight, 2560, group=group, half=128 if group else 0)
+    narrow = dtype == torch.bfloat16
     constants = {
-        "out_features": 10_240, "in_features": 2560, "gated": gated, "operand": tl.bfloat16, "splits": blocks.splits,
-        "block_rows": rows, "block_out": blocks.outputs, "threads": 32 * blocks.warps, "has_x_scale": has_x_scale,
-        "row_bytes": 2560 * (2 if kind == "bfloat16" else 1) // (2 if group else 1),
-        **({"group": group, "half": 128} if group else {"has_scale": kind != "bfloat16", "block_in": blocks.inputs}),
+        "out_features": 10_240, "in_features": 2560, "gated": gated, "operand": tl.bfloat16 if narrow else tl.float32,
+        "splits": blocks.splits, "block_out": blocks.outputs, "threads": 32 * blocks.warps, "has_x_scale": has_x_scale,
+        "row_bytes": matrix.row_bytes,
+        **({"group": group, "half": 128} if group else {"has_scale": kind in ("int8", "fp8"), "block_in": blocks.inputs}),
     }  # fmt: skip
+    activations = "bf16" if narrow else "fp32"
     pointers = {
-        "x": "bf16", "x_scale": "fp32", "weight": DTYPES[kind], "scale": "i32" if group else "fp32",
-        "out": "bf16" if gated else "fp32",
+        "x": activations, "x_scale": "fp32", "weight": DTYPES[kind], "scale": "i32" if group else "fp32",
+        "out": activations if gated else "fp32",
     }  # fmt: skip
     kernel = triton_int4.int4_kernel if group else triton_linear._linear_kernel
-    return compiled(kernel, pointers, {"rows": "i32"}, constants, blocks.warps, blocks.stages)
+
+    def build(capability: int) -> dict[str, int]:
+        tile, stages = fit(matrix, blocks, rows, dtype, SHARED_BYTES[capability], gated=gated)
+        whole = {**constants, "block_rows": tile}
+        return compiled(kernel, pointers, {"rows": "i32"}, whole, blocks.warps, stages)(capability)
+
+    return build
+
+
+def attention(dtype: torch.dtype) -> Compile:
+    """Of 8 heads of 256 over 4."""
+    narrow = dtype == torch.bfloat16
+    kind, block = ("bf16", triton_attention.BLOCK) if narrow else ("fp32", triton_attention.BLOCK // 2)
+    return compiled(
+        triton_attention._attend_kernel,
+        {"query": kind, "slots": "i64", "positions": "i64", "keys": kind, "values": kind, "most": "fp32", "total": "fp32",
+         "mixed": "fp32"},
+        {"scale": "fp32", "window": "i32"},
+        {**HEADS, "splits": 16, "operand": tl.bfloat16 if narrow else tl.float32, "block_heads": 16, "block_dim": 256,
+         "block": block, "threads": triton_attention.THREADS},
+        warps=triton_attention.THREADS // 32, stages=2,
+    )  # fmt: skip
 
 
 KERNELS: dict[str, Compile] = {
@@ -109,6 +144,9 @@ KERNELS: dict[str, Compile] = {
         )
         for limit in (0, 127, 448)
     },
+    "bfloat16, gated, 16 rows": linear("bfloat16", Blocks(), gated=True, rows=16),
+    "float32, gated, 16 rows": linear("float32", Blocks(), gated=True, rows=16, dtype=torch.float32),
+    "int4 of float32 inputs, gated, 64 rows": linear("int4", Blocks(), gated=True, group=32, rows=64, dtype=torch.float32),
     "int8, 64 rows": linear("int8", blocks_for(64, Blocks(), torch.bfloat16), rows=64),
     "int8, 64 rows of prefill": linear("int8", MANY[-1], rows=64),
     "dequantize int4": compiled(
@@ -116,15 +154,8 @@ KERNELS: dict[str, Compile] = {
         {"stride": 10_240, "in_features": 2560, "group": 32, "half": 128, "row_bytes": 1280, "operand": tl.bfloat16,
          "block_out": 32}, warps=4,
     ),
-    "attention": compiled(
-        triton_attention._attend_kernel,
-        {"query": "bf16", "slots": "i64", "positions": "i64", "keys": "bf16", "values": "bf16", "most": "fp32", "total": "fp32",
-         "mixed": "fp32"},
-        {"scale": "fp32", "window": "i32"},
-        {**HEADS, "splits": 16, "operand": tl.bfloat16, "block_heads": 16, "block_dim": 256, "block": triton_attention.BLOCK,
-         "threads": triton_attention.THREADS},
-        warps=triton_attention.THREADS // 32,
-    ),
+    "attention": attention(torch.bfloat16),
+    "attention of float32": attention(torch.float32),
     "join": compiled(
         triton_attention._join_kernel, {"most": "fp32", "total": "fp32", "mixed": "fp32", "out": "bf16"}, {},
         {"head_dim": 256, "splits": 16, "block_dim": 256}, warps=4,

@@ -130,11 +130,12 @@ def attend(query: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values
     _, kv_heads, length, _ = keys.shape
     early = overlaps(query)
     block_dim = triton.next_power_of_2(head_dim)
+    block = BLOCK if query.dtype.itemsize == 2 else BLOCK // 2  # float32 keys and values have to fit an L40S too
     _attend_kernel[(rows, kv_heads, SPLITS)](
         query, slots, positions, keys, values, scratch.most, scratch.total, scratch.mixed, scale,
         length if window is None else window, heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=length, splits=SPLITS,
         operand=operand_of(query.dtype), block_heads=max(16, triton.next_power_of_2(heads // kv_heads)), block_dim=block_dim,
-        block=BLOCK, early=early, threads=THREADS, num_warps=THREADS // 32, num_stages=2, launch_pdl=early,
+        block=block, early=early, threads=THREADS, num_warps=THREADS // 32, num_stages=2, launch_pdl=early,
     )  # fmt: skip
     _join_kernel[(rows * heads,)](
         scratch.most, scratch.total, scratch.mixed, out, head_dim=head_dim, splits=SPLITS, block_dim=block_dim, num_warps=4,

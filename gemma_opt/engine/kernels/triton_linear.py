@@ -15,8 +15,9 @@ number of rows. From 64 outputs and four warps on Triton takes Hopper's `wgmma`,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import triton
@@ -30,6 +31,7 @@ from gemma_opt.engine.kernels.triton_tiles import begin_tile, finish_tile
 from gemma_opt.recipe import Activation
 
 LEAST_ROWS = 8  # the smallest tile of the matrix units: 1 to 8 rows cost the same
+LEAST_STAGES = 2  # of a pipeline: a tile is under way while another is multiplied
 FEW_ROWS = 16  # up to here a step is bound by reading the weights
 AHEAD = 2**14  # bytes that a program has fetched into the L2 cache while it waits for its input
 MOST_ROWS = 64  # rows of one tile; more than that are several tiles, which read the weights again (from the L2 cache)
@@ -167,7 +169,7 @@ def multiply(
     if splits != blocks.splits or (gated and splits != 1):
         raise ValueError(f"out has {splits} partial results, the blocks make {blocks.splits}, gated ones 1")
     early = overlaps(x)
-    block_rows = tile_rows(rows)
+    block_rows, stages = fit(matrix, blocks, tile_rows(rows), x.dtype, _shared_memory(x.device), gated=gated)
     kernel = int4_kernel if matrix.group else _linear_kernel
     own: dict[str, int] = (
         {"group": matrix.group, "half": matrix.half}
@@ -181,8 +183,38 @@ def multiply(
         out_features=width, in_features=matrix.in_features, gated=gated, has_x_scale=x_scale is not None,
         operand=operand_of(x.dtype), splits=splits, block_rows=block_rows, block_out=blocks.outputs, early=early,
         row_bytes=matrix.row_bytes, ahead=_ahead(matrix.row_bytes, blocks) if early else 0, threads=32 * blocks.warps, **own,
-        num_warps=blocks.warps, num_stages=blocks.stages, launch_pdl=early,
+        num_warps=blocks.warps, num_stages=stages, launch_pdl=early,
     )  # fmt: skip
+
+
+def fit(matrix: Matrix, blocks: Blocks, rows: int, dtype: torch.dtype, memory: float, *, gated: bool) -> tuple[int, int]:
+    """The rows of a tile and the stages with which a program fits `memory` bytes: fewer stages, then fewer rows.
+
+    Neither changes a bit of the product. rows: of the tile that is wished for; dtype: of the activations.
+    """
+    stages = blocks.stages
+    while stages > LEAST_STAGES and _held_bytes(matrix, blocks, rows, stages, dtype, gated=gated) > memory:
+        stages -= 1
+    while rows > LEAST_ROWS and _held_bytes(matrix, blocks, rows, stages, dtype, gated=gated) > memory:
+        rows //= 2
+    return rows, stages
+
+
+def _held_bytes(matrix: Matrix, blocks: Blocks, rows: int, stages: int, dtype: torch.dtype, *, gated: bool) -> int:
+    """What a program has in shared memory: the tiles under way, and one of weights that became float32."""
+    inputs = 2 * matrix.half or blocks.inputs
+    tile = blocks.outputs * inputs
+    weights = tile // 2 + 4 * tile // matrix.group if matrix.group else tile * matrix.weight.element_size()
+    under_way = max(1, stages - 1) * (weights * (2 if gated else 1) + inputs * rows * dtype.itemsize)
+    return under_way + (4 * tile if dtype == torch.float32 and matrix.weight.dtype != dtype else 0)
+
+
+@cache
+def _shared_memory(device: torch.device) -> float:
+    """Bytes that one program may have: 99 KB on an L40S, 227 on an H100; on the interpreter without end."""
+    if device.type != "cuda":
+        return math.inf
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin")  # noqa: B009 torch's types lack it
 
 
 def blocks_for(rows: int, blocks: Blocks, dtype: torch.dtype) -> Blocks:

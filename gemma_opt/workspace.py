@@ -115,7 +115,7 @@ def _converted_bytes(row: PlanRow, outputs: int, inputs: int, dtype: torch.dtype
     """Weights in `dtype` that exist for one product of many rows, and how many of its outputs they give."""
     if isinstance(row.format, FLOATS):
         return 0, 0
-    piece = min(outputs, max(1, PIECE_BYTES // (inputs * dtype.itemsize)))
+    piece = min(outputs, max(8, PIECE_BYTES // (inputs * dtype.itemsize) // 8 * 8))
     return piece * inputs * dtype.itemsize, piece
 
 

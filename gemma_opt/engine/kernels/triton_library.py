@@ -24,14 +24,19 @@ def multiply_by_library(matrix: Matrix, x: Tensor, x_scale: Tensor | None = None
     if matrix.scale is None:
         return functional.linear(x, matrix.weight)
     out = torch.empty(x.shape[0], matrix.out_features, dtype=x.dtype, device=x.device)
-    rows = max(1, PIECE_BYTES // (matrix.in_features * x.element_size()))
-    for begin in range(0, matrix.out_features, rows):
-        piece = slice(begin, min(begin + rows, matrix.out_features))
+    outputs = _outputs_at_once(matrix.in_features * x.element_size())
+    for begin in range(0, matrix.out_features, outputs):
+        piece = slice(begin, min(begin + outputs, matrix.out_features))
         if matrix.group:
             out[:, piece] = functional.linear(x, dequantize_int4(matrix, x.dtype, piece))
         else:
             out[:, piece] = functional.linear(x, matrix.weight[piece].to(x.dtype)).mul_(matrix.scale[piece])
     return out
+
+
+def _outputs_at_once(output_bytes: int) -> int:
+    """Outputs of a piece: a multiple of 8, which the integer product asks for and which keeps rows of results aligned."""
+    return max(8, PIECE_BYTES // output_bytes // 8 * 8)
 
 
 def _are_integers(matrix: Matrix, steps: Tensor) -> bool:
@@ -43,7 +48,7 @@ def _are_integers(matrix: Matrix, steps: Tensor) -> bool:
 def _multiply_integers(matrix: Matrix, steps: Tensor, x_scale: Tensor) -> Tensor:
     narrow, scale = steps.to(torch.int8), cast(Tensor, matrix.scale)
     out = torch.empty(steps.shape[0], matrix.out_features, dtype=steps.dtype, device=steps.device)
-    outputs = max(8, PIECE_BYTES // (4 * steps.shape[0]) // 8 * 8)  # of a piece, whose sums have 4 bytes
+    outputs = _outputs_at_once(4 * steps.shape[0])  # of sums
     multiply: Callable[[Tensor, Tensor], Tensor] = getattr(torch, "_int_mm")  # noqa: B009 not among torch's types
     for begin in range(0, matrix.out_features, outputs):
         piece = slice(begin, begin + outputs)

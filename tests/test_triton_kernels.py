@@ -416,6 +416,21 @@ def test_whole_decode_step(stored: str) -> None:
         decode(*(torch.zeros(3, dtype=torch.int64, device=DEVICE) for _ in range(3)))
 
 
+@torch.no_grad()
+def test_logits_of_a_split_head_are_added_up() -> None:
+    """Whoever measures may find a head in two parts the fastest: the first part alone was once taken for the logits."""
+    weights = packed_model("int4")
+    head, rope = matrix_of(weights.head), RopeTables.of(weights, 20)
+    assert head
+    row = torch.tensor([7], device=DEVICE)
+    chosen = ({}, {f"{head.key}:float32": Blocks(32, 64, 2, 2, 2)})
+    steps = [
+        TritonDecode(weights, KvCache(weights, slots=1, context=20), rope, Tuning(weights.dtype, blocks)) for blocks in chosen
+    ]
+    whole, split = (step(row, row * 0, row * 0) for step in steps)
+    assert error(split, whole) < CLOSE
+
+
 @pytest.mark.parametrize("stored", ["fp32", "int4", "mixed"])
 @torch.no_grad()
 def test_whole_prefill_of_a_chunk(stored: str) -> None:

@@ -57,7 +57,8 @@ class TritonDecode:
             self._add_norm(self._multiply(layer.o, attended), layer.post_attention_norm, residual, layer.pre_mlp_norm, normed)
             mixed = self._multiply(layer.gate_up, normed, gated=True)[0]
             self._add_norm(self._multiply(layer.down, mixed), layer.post_mlp_norm, residual, next_norm, normed)
-        return self._multiply(weights.head, normed)[0].float()
+        logits = self._multiply(weights.head, normed)
+        return logits[0].float() if len(logits) == 1 else logits.sum(0)
 
     def _attention(self, layer: LayerWeights, cache: LayerCache, normed: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """What the heads read: [rows, heads · head_dim]. The rows' keys and values are in the cache then."""

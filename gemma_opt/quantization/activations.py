@@ -22,6 +22,12 @@ def quantize_input(x: Tensor, activation: Activation, static_scale: Tensor | Non
     if activation == "none":
         return x, None
     limit = INT8_MAX if activation.startswith("int8") else FP8_MAX
-    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=FLOOR) / limit if static_scale is None else static_scale
+    scale = _scale_of(x, limit) if static_scale is None else static_scale
     steps = (x.float() / scale).clamp(-limit, limit)
     return (steps.round() if limit == INT8_MAX else steps.to(FP8)).to(x.dtype), scale
+
+
+def _scale_of(x: Tensor, limit: float) -> Tensor:
+    """float32 [..., 1]. Divided by a tensor: instead of by a plain number, torch multiplies by its inverse on a GPU."""
+    largest = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=FLOOR)
+    return largest / torch.full_like(largest, limit)

@@ -31,7 +31,7 @@ def _nearest_e4m3(x):
     """Ties to even, for |x| ≤ 448. Below 2⁻⁶ steps are of one size."""
     bits = x.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-    return tl.where(tl.abs(x) < 0.015625, _nearest_whole(x * 512.0) / 512.0, bits.to(tl.float32, bitcast=True))
+    return tl.where(tl.abs(x) < 0.015625, _nearest_whole(x * 512.0) * 0.001953125, bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit

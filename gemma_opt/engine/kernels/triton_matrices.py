@@ -26,6 +26,7 @@ from gemma_opt.engine.packed import (
 )
 from gemma_opt.engine.weights import TextWeights
 
+OLDEST_FP8 = (8, 9)  # compute capability: Triton knows e4m3 from here on
 TILES = tuple(2**power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length()))  # of rows
 
 
@@ -40,9 +41,15 @@ def _(packed: FloatRows) -> Matrix | None:
     return Matrix(packed.weight, packed.weight.shape[1])
 
 
-@matrix_of.register(Int8Rows)
-@matrix_of.register(Fp8Rows)
-def _(packed: Int8Rows | Fp8Rows) -> Matrix | None:
+@matrix_of.register
+def _(packed: Int8Rows) -> Matrix | None:
+    return Matrix(packed.weight, packed.weight.shape[1], packed.scale)
+
+
+@matrix_of.register
+def _(packed: Fp8Rows) -> Matrix | None:
+    if packed.weight.is_cuda and torch.cuda.get_device_capability(packed.weight.device) < OLDEST_FP8:
+        return None
     return Matrix(packed.weight, packed.weight.shape[1], packed.scale)
 
 

@@ -100,13 +100,16 @@ class Runner:
         compile_cache: Path | None,
         run_ahead: bool | None,
     ) -> None:
+        device = weights_device(model)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread: Triton and streams know no other
         compiler.compile_modules_(model)
         self._settings, self._counters = settings, counters
         self._stop_ids = stop_token_ids(model)
         self._image_token_id = getattr(model.config, "image_token_id", None)
-        recorder = Recorder(weights_device(model))
+        recorder = Recorder(device)
         self._pictures = PictureCache(_recorded_encoder(model, recorder)) if vision_tower(model) is not None else None
-        weights = take_weights(model, release=not keep_layers, arrange=arrangement(weights_device(model)))
+        weights = take_weights(model, release=not keep_layers, arrange=arrangement(device))
         self._device = weights.device
         cache = KvCache(weights, slots=settings.slots, context=settings.context, slack=settings.lookup)
         self._cache = cache

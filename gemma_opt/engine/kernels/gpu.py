@@ -90,6 +90,7 @@ def tune(weights: TextWeights, compile_cache: Path) -> None:
     from gemma_opt.engine.kernels.triton_matrices import uses_of
     from gemma_opt.engine.kernels.triton_tuning import Tuning
 
-    tuning = Tuning.load(compile_cache, weights.dtype)
-    if tuning.measure(uses_of(weights)):
-        tuning.save(compile_cache)
+    with torch.cuda.device(weights.device):  # Triton launches on the current one
+        tuning = Tuning.load(compile_cache, weights.dtype)
+        if tuning.measure(uses_of(weights)):
+            tuning.save(compile_cache)

@@ -121,7 +121,8 @@ class Tuning:
 
     def _fastest_of_many(self, matrices: Sequence[Matrix]) -> Blocks | None:
         x, _ = self._operands(matrices[0], MANY[0], rows=MOST_ROWS)
-        by_library = time_captured(lambda: [multiply_by_library(matrix, x) for matrix in matrices])
+        x_scale = None if matrices[0].activation == "none" else torch.ones(MOST_ROWS, device=x.device)
+        by_library = time_captured(lambda: [multiply_by_library(matrix, x, x_scale) for matrix in matrices])
         timings = {blocks: self._time(matrices, blocks, rows=MOST_ROWS) for blocks in MANY}
         best = min(timings, key=lambda blocks: timings[blocks])
         return best if timings[best] < by_library else None

@@ -13,6 +13,7 @@ from gemma_opt import charts, gemma
 from gemma_opt.prompt import EncodedPrompt
 
 BUNDLED = gemma.BUNDLED["small-gemma3"]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "chart.png"
 
 
@@ -31,6 +32,12 @@ def fresh_model() -> gemma.GemmaModel:
 def shared_model() -> gemma.GemmaModel:
     """The bundled model in float32, for tests that only read it."""
     return fresh_model()
+
+
+@cache
+def placed_model() -> gemma.GemmaModel:
+    """The same on a GPU, where there is one. Apart, because to move the shared one would be to move it for every test."""
+    return shared_model() if DEVICE.type == "cpu" else fresh_model().to(DEVICE)
 
 
 def chart(index: int = 0, size: tuple[int, int] = (256, 256)) -> Image.Image:

@@ -1,4 +1,7 @@
-"""One conformance suite for every engine: transformers' generate is the oracle; queue, cancel and failures are manners."""
+"""One conformance suite for every engine: transformers' generate is the oracle; queue, cancel and failures are manners.
+
+Engines are on a GPU where there is one, recordings and all; the oracle stays on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
-from models import chart, fresh_model, oracle_tokens, processing, shared_model
+from models import chart, fresh_model, oracle_tokens, placed_model, processing, shared_model
 
 from gemma_opt import gemma
 from gemma_opt.engine.core import FastEngine
@@ -67,7 +70,7 @@ def sampled(name: str, seed: int, count: int = 30) -> EngineRequest:
 
 def engine_of(
     kind: str,
-    load: Callable[[], gemma.GemmaModel] = shared_model,
+    load: Callable[[], gemma.GemmaModel] = placed_model,
     compile_section: Compile | None = None,
     **settings: float,
 ) -> AnyEngine:
@@ -86,7 +89,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[AnyEngine]:
 
 def fast_engine(*, run_ahead: bool | None = None, **settings: float) -> FastEngine:
     section = EngineSection.model_validate({"context": CONTEXT} | settings)
-    return FastEngine(shared_model, section, Compile(), keep_layers=True, run_ahead=run_ahead)
+    return FastEngine(placed_model, section, Compile(), keep_layers=True, run_ahead=run_ahead)
 
 
 # Tokens
@@ -190,7 +193,7 @@ def test_requests_wait_in_order_and_past_the_queue_they_are_refused(kind: str) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_wall_clock_limit_is_an_error_and_the_engine_goes_on(kind: str) -> None:
-    engine = engine_of(kind, timeout_s=0.05, queue=2)
+    engine = engine_of(kind, timeout_s=0.01, queue=2)
     try:
         with pytest.raises(GenerationTimeout, match="E4003"):
             list(engine.submit(exactly("past the window", 200)))

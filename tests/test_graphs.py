@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import shared_model
+from models import DEVICE, placed_model
 
 from gemma_opt.engine.batch import Batch, step_apart
 from gemma_opt.engine.cache import KvCache
@@ -14,7 +14,6 @@ from gemma_opt.engine.interface import SamplingParams
 from gemma_opt.engine.kernels.gpu import find_samplers
 from gemma_opt.engine.weights import take_weights
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SAMPLINGS = (
     SamplingParams(temperature=0),
     SamplingParams(temperature=0.9, seed=3),
@@ -32,7 +31,7 @@ def test_row_counts_are_powers_of_two_and_the_number_of_slots() -> None:
 @pytest.fixture(scope="module")
 def ready() -> tuple[TextModel, Batch]:
     """A model with three slots, and their batch."""
-    weights = take_weights(shared_model().to(DEVICE), release=False)
+    weights = take_weights(placed_model(), release=False)
     model = TextModel(weights, KvCache(weights, slots=3, context=64))
     return model, Batch(3, weights.shape.vocabulary, [1, 106], DEVICE)
 
@@ -63,7 +62,7 @@ def test_recorded_steps_give_the_tokens_of_plain_steps(ready: tuple[TextModel, B
 @torch.no_grad()
 def test_rows_that_fill_a_recording_up_change_nothing() -> None:
     """Five slots are recorded as 1, 2, 4 and 5 rows: three of them run as four, one of them twice."""
-    weights = take_weights(shared_model().to(DEVICE), release=False)
+    weights = take_weights(placed_model(), release=False)
     model = TextModel(weights, KvCache(weights, slots=5, context=64))
     batch = Batch(5, weights.shape.vocabulary, [1, 106], DEVICE)
     recorded = RecordedSteps(model.decode, batch, Recorder(DEVICE), find_samplers(batch))
@@ -89,7 +88,7 @@ Cut = tuple[int, int, list[tuple[int, int]]]  # begin and end of a chunk, and it
 @torch.no_grad()
 def test_recorded_chunks_give_what_plain_ones_give(cuts: list[Cut]) -> None:
     """Logits and everything later positions may look at, in a slot that held something else before."""
-    weights = take_weights(shared_model().to(DEVICE), release=False)
+    weights = take_weights(placed_model(), release=False)
     assert weights.shape.window == 128
     plain, recorded = (TextModel(weights, KvCache(weights, slots=2, context=200)) for _ in range(2))
     read = RecordedPrefill(recorded, 64, Recorder(DEVICE))

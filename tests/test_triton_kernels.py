@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import fresh_model
+from models import DEVICE, fresh_model
 from torch import Tensor
 from torch.nn import functional
 
@@ -47,7 +47,6 @@ from gemma_opt.engine.weights import TextWeights, take_weights
 from gemma_opt.quantization import quantize_input
 from gemma_opt.recipe import Activation, Recipe
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCKS = Blocks(outputs=32, inputs=64, stages=2)
 CLOSE = 1e-5 if DEVICE.type == "cuda" else 1e-6  # a GPU's exponentials and square roots are good to 22 bits
 

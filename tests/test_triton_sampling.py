@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import shared_model
+from models import DEVICE, placed_model
 from torch import Tensor
 
 from gemma_opt.engine.batch import Batch, Level, step_apart
@@ -20,7 +20,6 @@ from gemma_opt.engine.kernels.triton_sampling import TritonSampler
 from gemma_opt.engine.sampling import NARROW
 from gemma_opt.engine.weights import take_weights
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STOPS = (1, 106)
 VOCABULARIES = [20, 64, 1000, 5003, 9000]  # less than NARROW, one chunk, fewer chunks than NARROW, one more piece, more
 GREEDY = SamplingParams(temperature=0)
@@ -165,7 +164,7 @@ def test_recorded_steps_take_the_kernels_and_give_the_same_tokens() -> None:
     samplings = (GREEDY, SamplingParams(seed=3), SamplingParams(temperature=0.7, top_k=64, seed=4),
                  SamplingParams(temperature=0, repetition_penalty=1.3))  # fmt: skip
     turns = ([0], [1], [2, 0, 1], [0, 1], [3, 1], [0], [2, 3])
-    weights = take_weights(shared_model().to(DEVICE), release=False)
+    weights = take_weights(placed_model(), release=False)
     model = TextModel(weights, KvCache(weights, slots=4, context=64))
     batch = Batch(4, weights.shape.vocabulary, STOPS, DEVICE)
 

@@ -23,6 +23,7 @@ from gemma_opt import pipeline
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import StaticChunk, TextModel
 from gemma_opt.engine.kernels import triton_attention, triton_layer, triton_library
+from gemma_opt.engine.kernels.gpu import attend_without_plans
 from gemma_opt.engine.kernels.triton_decode import TritonDecode
 from gemma_opt.engine.kernels.triton_grid import settle
 from gemma_opt.engine.kernels.triton_library import multiply_by_library
@@ -30,7 +31,7 @@ from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, dequantize_in
 from gemma_opt.engine.kernels.triton_matrices import TritonLinear, arrange, matrix_of
 from gemma_opt.engine.kernels.triton_prefill import TritonPrefill
 from gemma_opt.engine.kernels.triton_tuning import Tuning, default_blocks, file_name
-from gemma_opt.engine.linear import linear, rms_norm
+from gemma_opt.engine.linear import Visible, linear, rms_norm
 from gemma_opt.engine.packed import (
     FloatRows,
     Fp8Rows,
@@ -451,6 +452,20 @@ def test_whole_prefill_of_a_chunk(stored: str) -> None:
     for found, meant in zip(mine.cache.layers, expected.cache.layers, strict=True):
         assert error(found.keys, meant.keys) < 10 * CLOSE
         assert error(found.values, meant.values) < 10 * CLOSE
+
+
+@pytest.mark.parametrize("begins", [(0, 0, 0), (0, 31, 64)])
+def test_chunks_of_any_length_attend_to_what_they_see(begins: tuple[int, ...]) -> None:
+    """97 keys, of which the last tokens do not see the first 64: whole blocks of them, for a fused kernel."""
+    draw = seeded()
+    query, (keys, values) = torch.randn(3, 4, 64, generator=draw), torch.randn(2, 2, 97, 64, generator=draw)
+    seen = [torch.arange(97).ge(begin) & torch.arange(97).lt(95 + row) for row, begin in enumerate(begins)]
+    meant = functional.scaled_dot_product_attention(
+        query.double().transpose(0, 1), keys.double(), values.double(), torch.stack(seen), scale=0.2, enable_gqa=True
+    ).transpose(0, 1)
+    visible = Visible(torch.tensor(begins, device=DEVICE), torch.arange(95, 98, device=DEVICE), 2, torch.float32)
+    found = attend_without_plans(query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), visible, 0.2)
+    assert error(found, meant) < 10 * CLOSE
 
 
 @pytest.mark.gpu

@@ -82,10 +82,10 @@ def find_kernels(weights: TextWeights, cache: KvCache, rope: RopeTables, compile
         step = find_cpu_step(weights, cache, rope)
         return Kernels(step, CpuLinear(step.library), CpuChunkAttention(step.library)) if step else None
     if weights.device.type == "cuda":
-        from gemma_opt.engine.kernels.gpu import find_gpu_kernels
+        from gemma_opt.engine.kernels.gpu import attend_without_plans, find_gpu_kernels
 
         found = find_gpu_kernels(weights, cache, rope, compile_cache)
         if found:
             decode_step, linear, prefill_step = found
-            return Kernels(decode_step, linear, prefill_step=prefill_step)
+            return Kernels(decode_step, linear, attend_without_plans, prefill_step)
     return None

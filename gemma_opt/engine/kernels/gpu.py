@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gemma_opt.engine.batch import Batch, Level, Sampler
 from gemma_opt.engine.cache import KvCache
+from gemma_opt.engine.linear import Visible, attend_to_chunk
 from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import TextWeights
 
@@ -55,6 +58,15 @@ def find_gpu_kernels(
     linear = TritonLinear(tuning)
     linear.warm_up(weights)
     return step, linear, TritonPrefill(weights, cache, rope, linear)
+
+
+def attend_without_plans(query: Tensor, keys: Tensor, values: Tensor, visible: Visible, scale: float) -> Tensor:
+    """`attend_to_chunk` without cuDNN, which Hopper prefers from torch 2.11 on and which makes a plan for every new length.
+
+    That takes tenths of a second, and the chunks that are not recorded have every length.
+    """
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return attend_to_chunk(query, keys, values, visible, scale)
 
 
 def find_samplers(batch: Batch) -> dict[Level, Sampler]:

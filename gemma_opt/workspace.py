@@ -18,7 +18,7 @@ CHUNK_SIZES = (32, 64, 128, 288, 512)  # engine.graphs
 PICTURE_CACHE_BYTES = 32 * 2**20  # engine.pictures
 PIECE_BYTES = 32 * 2**20  # engine.kernels.triton_library
 ATTENTION_RUNS = 16  # engine.kernels.triton_attention.SPLITS
-LIBRARY_BYTES = 32 * 2**20  # torch's cuBLAS workspace on Hopper, of the stream of recordings; 8 MiB on other GPUs
+LIBRARY_BYTES = 32 * 2**20  # torch's cuBLAS workspace of one stream on Hopper; 8 MiB on other GPUs
 SAMPLER_BYTES = 45  # a token of the vocabulary beside its logit, in a step with every filter (engine.batch.Level.ALL)
 
 
@@ -79,7 +79,7 @@ def workspace(config: gemma.GemmaConfig, planned: Plan, dtype: torch.dtype, cont
         step=slots * step,
         recorded=rows * hidden * size + vocabulary * 4 + pixels + soft_tokens,
         pictures=PICTURE_CACHE_BYTES if vision else 0,
-        libraries=LIBRARY_BYTES,
+        libraries=LIBRARY_BYTES * (2 if context > text.sliding_window else 1),  # chunks past it are not recorded
         prefill=_prefill_bytes(config, gate, channels, dtype, rows, context),
         picture=_picture_bytes(config, planned, dtype),
         sampling=slots * vocabulary * SAMPLER_BYTES,

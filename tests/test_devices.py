@@ -1,4 +1,4 @@
-"""Compression where the model is not on the CPU: on a second device that every machine has, and on a GPU where there is one."""
+"""Models that are not on the CPU: on a second device, which every machine has, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from gemma_opt.calibration import CalibrationData, Store, draw_samples
 from gemma_opt.recipe import Calibration
 
 
-def test_compression_stays_on_the_models_device() -> None:
+@pytest.mark.parametrize("name", ["cases", "engine"])
+def test_all_work_stays_on_the_models_device(name: str) -> None:
     """In a process of its own: torch must know a device before the first backward pass, and other tests make those."""
-    cases = Path(__file__).with_name("second_device_cases.py")
+    cases = Path(__file__).with_name(f"second_device_{name}.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
     run = subprocess.run(command, cwd=cases.parents[1], capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout[-4000:]

@@ -107,12 +107,16 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def seal(folder: Path, manifest: Manifest) -> None:
-    """Record every file's hash and write the manifest, the last file of a folder. Raises StorageError (E3005)."""
+    """Record every file's hash and write the manifest, the last file of a folder. Raises StorageError (E3005).
+
+    Sealed once more, as when compiled code has come, a folder's old files are not read again: they keep the hashes of what
+    was written, and `verify` always reads.
+    """
     with storage_errors(folder):
-        files = {
-            name: FileRecord(bytes=(folder / name).stat().st_size, sha256=gemma.sha256_of(folder / name))
-            for name in _files_of(folder)
-        }
+        names = _files_of(folder)
+        paths = [folder / name for name in names]
+        hashes = zip(names, paths, gemma.known_hashes(paths), strict=True)
+        files = {name: FileRecord(bytes=path.stat().st_size, sha256=found) for name, path, found in hashes}
         (folder / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=1), "utf-8")
 
 

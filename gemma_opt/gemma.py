@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -87,13 +88,8 @@ class BaseFiles:
     def identity(self) -> dict[str, object]:
         """Name, revision and sha256 of every weight file: what a manifest records as its base. Read once a process."""
         files = self.weight_files()
-        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-            hashes = list(pool.map(_known_sha256, files, [path.stat() for path in files]))
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "files": {path.name: found for path, found in zip(files, hashes, strict=True)},
-        }
+        hashes = {path.name: found for path, found in zip(files, known_hashes(files), strict=True)}
+        return {"name": self.name, "revision": self.revision, "files": hashes}
 
 
 @dataclass(frozen=True)
@@ -111,13 +107,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _known_sha256(path: Path, state: os.stat_result) -> str:
-    return _sha256_as_of(path, state.st_size, state.st_mtime_ns)
+def known_hashes(files: Sequence[Path]) -> list[str]:
+    """sha256 of files. Hashing 8 GB takes seconds: each is read once a process, as long as it looks the same."""
+    states = [path.stat() for path in files]
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        return list(pool.map(_hash_of, files, [state.st_size for state in states], [state.st_mtime_ns for state in states]))
 
 
 @cache
-def _sha256_as_of(path: Path, size: int, changed_ns: int) -> str:
-    """Hashing 8 GB takes seconds: once, as long as the file looks the same."""
+def _hash_of(path: Path, size: int, changed_ns: int) -> str:
     return sha256_of(path)
 
 

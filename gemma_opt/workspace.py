@@ -6,7 +6,7 @@ against what an H100 measured. Bytes that torch counts as allocated; reserved on
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -55,10 +55,6 @@ class Workspace:
     def total(self) -> int:
         """At the peak."""
         return self.lasting + self.passing
-
-    def to_json(self) -> dict[str, int]:
-        """Plain dictionary for JSON."""
-        return asdict(self)
 
 
 def workspace(config: gemma.GemmaConfig, planned: Plan, dtype: torch.dtype, context: int, slots: int, chunk: int) -> Workspace:

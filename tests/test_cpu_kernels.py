@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import logging
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -116,7 +117,7 @@ def model_weights(intermediate: int = 64) -> TextWeights:
 
 @pytest.fixture(scope="module", params=MACHINES)
 def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    if request.param != "native" and "x86_64" not in build.machine():
+    if request.param != "native" and "x86_64" not in platform.machine():
         pytest.skip("flags of another architecture")
     return ctypes.CDLL(str(build.compile_library(MACHINES[request.param])))
 

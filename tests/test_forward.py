@@ -164,7 +164,7 @@ def test_logits_at_every_position_of_a_long_text(chunk: int, use_kernels: bool) 
 @pytest.mark.parametrize("use_kernels", [True, False])
 @torch.inference_mode()
 def test_verifying_tokens_leaves_no_trace_of_wrong_ones(use_kernels: bool) -> None:
-    """Speculation: extend gives decode's logits for every token, and overwritten guesses cannot be seen, ring or not."""
+    """Speculation: several tokens of one slot in one step, and overwritten guesses cannot be seen, ring or not."""
     model = small_text_model(4)
     text = text_model(model, slots=2, context=60, slack=5, use_kernels=use_kernels)
     generator = torch.Generator().manual_seed(1)
@@ -173,7 +173,7 @@ def test_verifying_tokens_leaves_no_trace_of_wrong_ones(use_kernels: bool) -> No
     text.prefill(1, text.embed(ids[:21]), 0)
     for start in range(21, 51, 3):
         guess = torch.cat((ids[start : start + 3], torch.randint(3, 128, (3,), generator=generator)))
-        logits = text.extend(1, guess, start)
+        logits = text.decode(guess, torch.ones(6, dtype=torch.int64), torch.arange(start, start + 6))
         torch.testing.assert_close(logits[:3], expected[start : start + 3], rtol=1e-4, atol=1e-4)
 
 
@@ -212,14 +212,12 @@ def test_the_caches_bytes_are_the_planned_ones() -> None:
 
 @torch.inference_mode()
 def test_what_cannot_be_computed_is_refused() -> None:
-    text = text_model(small_text_model(0), context=16, slack=2)
+    text = text_model(small_text_model(0), context=16)
     rows = text.embed(torch.arange(3, 13))
     with pytest.raises(ValueError, match="tears pictures"):
         text.prefill(0, rows, 0, [(8, 12)])
     with pytest.raises(ValueError, match="beyond the context"):
         text.prefill(0, rows, 8)
-    with pytest.raises(ValueError, match="slack"):
-        text.extend(0, torch.arange(3, 7), 0)
     odd = small_text_model(0)
     odd.config.final_logit_softcapping = 30.0
     odd.config.hidden_activation = "silu"
@@ -231,7 +229,7 @@ FORMATS = ("fp8", "fp8_dynamic", "int8_dynamic", "int8_dynamic_int4")
 
 
 @pytest.mark.parametrize("stored", FORMATS)
-def test_formats_without_a_packed_form_are_computed_by_their_modules(stored: str) -> None:
+def test_other_formats_decode_as_transformers_does(stored: str) -> None:
     """The service answered every recipe of these with EngineError as soon as it ran on this engine."""
     model, prompt = fresh_model(), encode("text")
     section = {"default": stored, "roles": {"embedding": "int8"}}
@@ -239,7 +237,7 @@ def test_formats_without_a_packed_form_are_computed_by_their_modules(stored: str
     _decodes_as_transformers(model, prompt)
 
 
-def test_low_rank_layers_are_computed_by_their_modules() -> None:
+def test_low_rank_layers_decode_as_transformers_does() -> None:
     model, prompt = fresh_model(), encode("text")
     tree = {"name": "x", "model": MODEL, "lowrank": {"roles": ["down", "gate"], "ratio": 0.2, "whiten": False}}
     pipeline.compress(model, Recipe.from_tree(tree, "x"))

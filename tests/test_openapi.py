@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemma_opt.engine.interface import LIMITS
+from gemma_opt.engine.interface import LIMITS, SamplingParams
 from gemma_opt.recipe import packaged_recipes
 from gemma_opt.service import Request
 
@@ -52,10 +52,10 @@ def test_no_input_is_required() -> None:
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_limits_are_the_engines(name: str) -> None:
+def test_limits_and_defaults_are_the_engines(name: str) -> None:
     limit = LIMITS[name]
     assert (inputs[name]["minimum"], inputs[name]["maximum"]) == (limit.low, limit.high)
-    assert inputs[name]["default"] == (None if name == "seed" else limit.default)
+    assert inputs[name]["default"] == (None if name == "seed" else getattr(SamplingParams(), name))
 
 
 def test_only_the_engines_parameters_have_limits() -> None:

@@ -19,9 +19,9 @@ from gemma_opt.engine.cache import KvCache, LayerCache
 from gemma_opt.engine.kernels import ChunkAttention, DecodeStep, Linear, PrefillStep, find_kernels
 from gemma_opt.engine.linear import Visible, attend_to_chunk, bias_of, grouped_attention, linear, rms_norm, rows_of
 from gemma_opt.engine.rope import RopeTables, Rotation, rotate
+from gemma_opt.engine.scheduler import Span
 from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
 
-Span = tuple[int, int]  # positions begin ≤ p < end of one picture's soft tokens
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -116,23 +116,12 @@ class TextModel:
             x = _block(x, layer, self.weights.shape, rotations[layer.sliding], self._linear, attend)
         return self._logits(x.index_select(0, last))[0]
 
-    def extend(self, slot: int, token_ids: Tensor, start: int) -> Tensor:
-        """Decode several given tokens of one slot at once: float32 logits [tokens, vocabulary], one after each.
-
-        At most `cache.slack` + 1 tokens (ValueError otherwise). Each row equals what `decode` gives for it. Tokens that
-        turn out wrong need no clean-up: later ones overwrite them.
-        """
-        count = token_ids.shape[0]
-        if count > self.cache.slack + 1:
-            raise ValueError(f"{count} tokens at once need a cache with a slack of {count - 1}, it has {self.cache.slack}")
-        positions = torch.arange(start, start + count, device=token_ids.device)
-        return self.decode(token_ids, torch.full_like(positions, slot), positions)
-
     def decode(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """One step: row i puts `tokens[i]` at `positions[i]` of slot `slots[i]`. All int64 [rows].
 
         Returns float32 logits [rows, vocabulary]. Rows of one slot must have consecutive positions, `cache.slack` + 1 at
-        most; a row's result does not depend on the rows of other slots.
+        most; a row's result does not depend on the rows of other slots. Tokens that turn out wrong need no clean-up: later
+        ones overwrite them.
         """
         return self._decode_step(tokens, slots, positions)
 

@@ -7,7 +7,6 @@ pixel tensors. The one exception is `SamplingParams.stop_sequences`, which it ca
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,22 +21,21 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Limit:
-    """Closed range and default of one sampling parameter. predict.py repeats them as literals; a test compares."""
+    """Closed range of one sampling parameter. predict.py repeats them as literals; a test compares."""
 
     low: float
     high: float
-    default: float
 
 
 LIMITS: dict[str, Limit] = {
-    "max_new_tokens": Limit(1, 8192, 512),
-    "min_new_tokens": Limit(0, 8192, 0),
-    "temperature": Limit(0.0, 2.0, 0.7),
-    "top_p": Limit(0.0, 1.0, 0.9),
-    "top_k": Limit(0, 1000, 50),
-    "min_p": Limit(0.0, 1.0, 0.0),
-    "repetition_penalty": Limit(0.1, 2.0, 1.0),
-    "seed": Limit(0, 2**32 - 1, 0),
+    "max_new_tokens": Limit(1, 8192),
+    "min_new_tokens": Limit(0, 8192),
+    "temperature": Limit(0.0, 2.0),
+    "top_p": Limit(0.0, 1.0),
+    "top_k": Limit(0, 1000),
+    "min_p": Limit(0.0, 1.0),
+    "repetition_penalty": Limit(0.1, 2.0),
+    "seed": Limit(0, 2**32 - 1),
 }
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_CHARACTERS = 256
@@ -65,7 +63,7 @@ class SamplingParams:
         wrong = [
             f"{name} must be {limit.low:.10g} to {limit.high:.10g}, got {value}"
             for name, limit in LIMITS.items()
-            if not (math.isfinite(value := getattr(self, name)) and limit.low <= value <= limit.high)
+            if not limit.low <= (value := getattr(self, name)) <= limit.high  # NaN is not
         ]
         if self.min_new_tokens > self.max_new_tokens:
             wrong.append(f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}")

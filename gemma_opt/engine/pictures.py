@@ -22,14 +22,13 @@ Encode = Callable[[Tensor], Tensor]
 class PictureCache:
     """Encodes one picture at a time, so that its soft tokens do not depend on what else was asked.
 
-    encode: the model's `picture_encoder`. The least recently used results are dropped beyond `limit_bytes`.
+    encode: the model's `picture_encoder`. The least recently used results are dropped beyond CACHE_BYTES.
     """
 
-    def __init__(self, encode: Encode, limit_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, encode: Encode) -> None:
         self._encode = encode
-        self._limit_bytes = limit_bytes
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
-        self.bytes = 0
+        self._bytes = 0
         self.encoded = 0
 
     def soft_tokens(self, key: bytes, pixels: Tensor) -> Tensor:
@@ -40,9 +39,9 @@ class PictureCache:
         found = self._encode(pixels)
         self.encoded += 1
         self._kept[key] = found
-        self.bytes += found.nbytes
-        while self.bytes > self._limit_bytes and len(self._kept) > 1:
-            self.bytes -= self._kept.popitem(last=False)[1].nbytes
+        self._bytes += found.nbytes
+        while self._bytes > CACHE_BYTES and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return found
 
 

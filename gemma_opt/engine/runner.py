@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ class _Reply:
     given: int = 0
     last: int = 0
     position: int = 0
-    slot: int = field(default=-1)
+    slot: int = -1
 
     @property
     def request(self) -> EngineRequest:

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
-Span = tuple[int, int]
+Span = tuple[int, int]  # positions begin ≤ p < end of one picture's soft tokens
 
 
 def chunk_ends(length: int, image_spans: Sequence[Span], chunk: int) -> tuple[int, ...]:
     """Where a prompt of `length` tokens is cut: ascending, the last is `length`.
 
     A chunk ends with a picture, so that another question about it can start there, or else after `chunk` tokens; never
-    inside a picture, of which tokens see each other both ways. image_spans: begin ≤ p < end of each picture, ascending.
+    inside a picture, of which tokens see each other both ways. image_spans: ascending.
     """
     ends: list[int] = []
     start, spans = 0, deque(image_spans)
@@ -94,11 +94,6 @@ class Scheduler(Generic[Key]):
     def reading(self) -> bool:
         """Some prompt can be read now."""
         return bool(self._prefilling or (self._waiting and self._free))
-
-    @property
-    def keys(self) -> list[Key]:
-        """All that wait or run."""
-        return [*self._decoding, *(entry.key for entry in self._prefilling), *(entry.key for entry in self._waiting)]
 
     @property
     def decoding(self) -> dict[Key, int]:

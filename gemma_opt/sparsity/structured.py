@@ -14,14 +14,13 @@ from gemma_opt.sparsity.quadratic import Quadratic
 ROUNDS = 64  # of the greedy choice: channels removed in one round are taken for independent of each other
 
 
-def choose_channels(wanted: Tensor, quadratic: Quadratic, keep: int, row_weight: Tensor | None = None) -> Tensor:
+def choose_channels(wanted: Tensor, quadratic: Quadratic, keep: int) -> Tensor:
     """Indices of the channels to keep, ascending, [keep].
 
-    wanted: float32 [hidden, channels], the columns of down; row_weight: [hidden], how much each output matters.
+    wanted: float32 [hidden, channels], the columns of down.
     A channel's cost is ‖w_j‖² / (H⁻¹)_jj with w_j its column after the removals so far; ties fall by lowest index.
     """
-    columns = wanted if row_weight is None else wanted * row_weight.sqrt()[:, None]
-    columns, inverse = columns.clone(), quadratic.inverse
+    columns, inverse = wanted.clone(), quadratic.inverse
     alive = torch.ones(columns.shape[1], dtype=torch.bool, device=columns.device)
     while (surplus := int(alive.sum()) - keep) > 0:
         cost = (columns.square().sum(dim=0) / inverse.diagonal()).masked_fill(~alive, torch.inf)

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -76,11 +75,6 @@ def _openmp_runtime() -> list[str]:
     lines = maps.read_text("utf-8").splitlines() if maps.exists() else []
     found = {line.split()[-1] for line in lines if "omp" in Path(line.split()[-1]).name and ".so" in line.split()[-1]}
     return sorted(path for path in found if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))[:1]
-
-
-def machine() -> str:
-    """The architecture: x86_64, aarch64, …."""
-    return platform.machine()
 
 
 def _cpu() -> str:

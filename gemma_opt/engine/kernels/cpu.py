@@ -145,8 +145,8 @@ class CpuLinear:
     with torch: plain floats, and bfloat16 activations but for int8 inputs, whose products here are of integers.
     """
 
-    def __init__(self, library: ctypes.CDLL, threads: int | None = None) -> None:
-        self._library, self._threads = library, threads
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
 
     def __call__(self, packed: PackedLinear, x: Tensor) -> Tensor:
         """x: [rows, in] → [rows, out] in x's dtype."""
@@ -161,7 +161,7 @@ class CpuLinear:
                 pass
             case _:
                 return linear(packed, x)
-        return multiply(self._library, packed, x.float(), self._threads or torch.get_num_threads()).to(x.dtype)
+        return multiply(self._library, packed, x.float(), torch.get_num_threads()).to(x.dtype)
 
 
 def multiply(library: ctypes.CDLL, packed: PackedLinear, x: Tensor, threads: int) -> Tensor:

@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -42,7 +43,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from gemma_opt.errors import BaseModelError, UsageError
-from gemma_opt.recipe import BaseModelSection
+from gemma_opt.recipe import HUB_ID, BaseModelSection
 from gemma_opt.shapes import PICTURED, SIGLIP, TEXT
 
 GemmaModel = Gemma3ForConditionalGeneration | Gemma3ForCausalLM
@@ -98,7 +99,6 @@ class Base:
 
     model: GemmaModel
     processing: Processing
-    files: BaseFiles
 
 
 def sha256_of(path: Path) -> str:
@@ -149,7 +149,7 @@ def locate(
     recipe: what the message calls it that says how to download them. Raises BaseModelError (E3001).
     """
     base = override or section.base
-    revision = section.revision
+    revision = section.revision if base == section.base else None
     if base in BUNDLED:
         return _folder(base, BUNDLED[base])
     path = Path(base).expanduser()
@@ -159,7 +159,7 @@ def locate(
         return BaseFiles(path.name, path.parent, gguf=path.name)
     if path.is_dir():
         return _folder(base, path)
-    like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    like_hub_id = HUB_ID.fullmatch(base)
     if like_hub_id and revision:
         return BaseFiles(base, _snapshot(base, revision, network=network, recipe=recipe), revision)
     hint = " (a hub id needs model.revision in the recipe)" if like_hub_id else ""
@@ -214,21 +214,19 @@ def load_base(files: BaseFiles, dtype: torch.dtype, device: torch.device) -> Bas
     lost = sorted(map(str, info["missing_keys"])) + sorted(str(row[0]) for row in info["mismatched_keys"])
     if lost:
         raise BaseModelError(f"{files.folder} lacks {len(lost)} tensors of its own config: {', '.join(lost[:5])}")
-    return Base(model.eval(), load_processing(files.folder, config), files)
+    return Base(model.eval(), load_processing(files.folder, config))
 
 
 def _load_gguf(files: BaseFiles, dtype: torch.dtype, device: torch.device) -> Base:
-    try:
+    with _readable_gguf(files):
         model = Gemma3ForCausalLM.from_pretrained(
             files.folder, gguf_file=files.gguf, quantization_config=GgufConfig(dequantize=True), dtype=dtype, device_map=device
         )
-        tokenizer = _gguf_tokenizer(files)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise BaseModelError(f"{files.path} is not a readable Gemma 3 GGUF: {_first_line(error)}") from None
+    processing = find_processing(files)
     if model.config.model_type != "gemma3_text":
         raise BaseModelError(f"{files.gguf} holds a {model.config.model_type} model, not Gemma 3")
-    _end_replies_with_turns_(model, tokenizer)
-    return Base(model.eval(), Processing(tokenizer, None), files)
+    _end_replies_with_turns_(model, processing.tokenizer)
+    return Base(model.eval(), processing)
 
 
 def _end_replies_with_turns_(model: GemmaModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -238,11 +236,15 @@ def _end_replies_with_turns_(model: GemmaModel, tokenizer: PreTrainedTokenizerBa
         model.generation_config.eos_token_id = sorted(stop_token_ids(model) | ends)
 
 
-def _gguf_tokenizer(files: BaseFiles) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf)
+@contextmanager
+def _readable_gguf(files: BaseFiles) -> Generator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BaseModelError(f"{files.path} is not a readable Gemma 3 GGUF: {_first_line(error)}") from None
 
 
-def read_config(folder: Path) -> Gemma3Config | Gemma3TextConfig:
+def read_config(folder: Path) -> GemmaConfig:
     """The Gemma 3 config in a folder. Raises BaseModelError if it is another model's."""
     try:
         declared = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
@@ -262,7 +264,7 @@ def named_config(shape: str) -> GemmaConfig:
     )
 
 
-def load_processing(folder: Path, config: Gemma3Config | Gemma3TextConfig) -> Processing:
+def load_processing(folder: Path, config: GemmaConfig) -> Processing:
     """Tokenizer and processor of a folder. Raises BaseModelError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -275,22 +277,29 @@ def load_processing(folder: Path, config: Gemma3Config | Gemma3TextConfig) -> Pr
     return Processing(tokenizer, Gemma3Processor(pictures, tokenizer, tokenizer.chat_template, image_seq_length=seq_length))
 
 
+def find_processing(files: BaseFiles) -> Processing:
+    """Tokenizer and processor of base weights, without reading these. Raises BaseModelError."""
+    if files.gguf:
+        with _readable_gguf(files):
+            return Processing(AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf), None)
+    return load_processing(files.folder, read_config(files.folder))
+
+
 def refuse_other_tokenizer(files: BaseFiles, processing: Processing) -> None:
     """Raises BaseModelError where a teacher's tokens mean something else than those of `processing`."""
-    tokenizer = _gguf_tokenizer(files) if files.gguf else AutoTokenizer.from_pretrained(files.folder, local_files_only=True)
-    theirs, ours = tokenizer.get_vocab(), processing.tokenizer.get_vocab()
+    theirs, ours = find_processing(files).tokenizer.get_vocab(), processing.tokenizer.get_vocab()
     other = [token for token, number in theirs.items() if token in ours and ours[token] != number]
     if other or abs(len(theirs) - len(ours)) > PICTURE_TOKENS:
         named = f", e.g. {other[0]!r}" if other else ""
         raise BaseModelError(f"{files.name} has another tokenizer than the student{named}: it cannot be its teacher")
 
 
-def model_class(config: Gemma3Config | Gemma3TextConfig) -> type[Gemma3ForConditionalGeneration] | type[Gemma3ForCausalLM]:
+def model_class(config: GemmaConfig) -> type[Gemma3ForConditionalGeneration] | type[Gemma3ForCausalLM]:
     """The architecture a config describes."""
     return Gemma3ForConditionalGeneration if isinstance(config, Gemma3Config) else Gemma3ForCausalLM
 
 
-def empty_model(config: Gemma3Config | Gemma3TextConfig, dtype: torch.dtype) -> GemmaModel:
+def empty_model(config: GemmaConfig, dtype: torch.dtype) -> GemmaModel:
     """The model with every parameter on the meta device, and every buffer real.
 
     Buffers that no checkpoint stores (RoPE tables, the embedding scale, position ids) are computed by the constructors
@@ -312,10 +321,11 @@ def weights_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def text_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of the text model, in order."""
-    (layers,) = [module for name, module in model.named_modules() if re.fullmatch(r"model\.(language_model\.)?layers", name)]
-    return list(layers.children())
+def text_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → decoder layer of the text model, in order."""
+    lists = [(name, part) for name, part in model.named_modules() if re.fullmatch(r"model\.(language_model\.)?layers", name)]
+    ((prefix, layers),) = lists
+    return {f"{prefix}.{number}": layer for number, layer in layers.named_children()}
 
 
 def vision_tower(model: nn.Module) -> nn.Module | None:

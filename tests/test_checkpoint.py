@@ -295,6 +295,13 @@ def test_a_damaged_base_is_named(base: Path, damage: Callable[[Path], object], n
     assert named in str(caught.value)
 
 
+def test_a_teacher_without_a_readable_tokenizer_is_named(base: Path) -> None:
+    """It was a traceback of the tokenizer library's."""
+    (base / "tokenizer.json").write_text("{")
+    with pytest.raises(BaseModelError, match="E3001 tokenizer or processor files"):
+        gemma.refuse_other_tokenizer(gemma.BaseFiles("x", base), processing())
+
+
 def test_a_base_that_lacks_tensors_is_refused(base: Path) -> None:
     """transformers would fill them with random numbers and warn."""
     tensors = load_file(base / "model.safetensors")
@@ -320,6 +327,23 @@ def test_nan_weights_are_refused_by_name() -> None:
 def test_a_base_that_is_not_there_is_named(name: str, named: str) -> None:
     with pytest.raises(BaseModelError, match=named):
         gemma.locate(Recipe.load("small-bf16", (f"model.base={name}",)).model)
+
+
+def test_a_revision_pins_the_recipes_own_base_only() -> None:
+    with pytest.raises(BaseModelError, match=r"no base model at org/other: .* needs model\.revision"):
+        gemma.locate(Recipe.load("gemma-3-4b-int8").model, "org/other")
+
+
+def test_sealing_again_reads_only_what_is_new(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.seal(copy, checkpoint.read_manifest(copy))
+    before, read = checkpoint.read_manifest(copy), list[str]()
+    add_compiled_code(copy)
+    monkeypatch.setattr(gemma, "sha256_of", lambda path: read.append(path.name) or "0" * 64)
+    checkpoint.seal(copy, before)
+    assert read == ["code.cubin"]
+    assert checkpoint.read_manifest(copy).files == before.files | {
+        "compile_cache/triton/code.cubin": checkpoint.FileRecord(bytes=1, sha256="0" * 64)
+    }
 
 
 def test_a_pinned_hub_model_is_not_downloaded_without_permission() -> None:

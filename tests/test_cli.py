@@ -132,7 +132,7 @@ def test_predict_frees_the_layers_that_only_evaluation_uses(monkeypatch: pytest.
 
     monkeypatch.setattr(Service, "load", watched)
     cli.predict("small-int8", ["prompt=Hello", "max_new_tokens=1"], "cpu")
-    assert not any(list(layer.children()) for layer in text_layers(loaded[0].ready.model))
+    assert not any(list(layer.children()) for layer in text_layers(loaded[0].ready.model).values())
 
 
 def test_predict_as_json(built: Path) -> None:

@@ -436,6 +436,6 @@ def test_the_layers_are_emptied_once_they_are_packed() -> None:
     engine = FastEngine(lambda: model, section, Compile())
     try:
         assert list(engine.submit(exactly("a picture"))) == expected("a picture")
-        assert not any(list(layer.parameters()) for layer in gemma.text_layers(model))
+        assert not any(list(layer.parameters()) for layer in gemma.text_layers(model).values())
     finally:
         engine.close()

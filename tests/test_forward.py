@@ -255,7 +255,7 @@ def _decodes_as_transformers(model: gemma.GemmaModel, prompt: EncodedPrompt) -> 
 def test_released_layers_are_empty_and_pictures_still_encode() -> None:
     model, prompt = fresh_model(), encode("a picture")
     weights = take_weights(model, release=True)
-    assert all(not list(layer.parameters()) for layer in gemma.text_layers(model))
+    assert all(not list(layer.parameters()) for layer in gemma.text_layers(model).values())
     text = TextModel(weights, KvCache(weights, slots=1, context=CONTEXT))
     rows, spans = embeddings(text, model, prompt)
     logits = prefill(text, 0, rows, spans, CONTEXT)

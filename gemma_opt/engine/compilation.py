@@ -115,6 +115,6 @@ def _artifact_name() -> str:
 
 def _modules_of(model: nn.Module, target: str) -> list[nn.Module]:
     if target == "mlp":
-        return [layer.get_submodule("mlp") for layer in text_layers(model)]
+        return [layer.get_submodule("mlp") for layer in text_layers(model).values()]
     tower = vision_tower(model)
     return [tower] if target == "vision" and tower is not None else []

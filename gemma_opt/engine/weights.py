@@ -107,7 +107,7 @@ def take_weights(model: GemmaModel, *, release: bool, arrange: Arrange = as_they
     _refuse_unknown_maths(model)
     text = model.get_decoder()
     layers: list[LayerWeights] = []
-    for layer, kind in zip(text_layers(model), _layer_kinds(model), strict=True):
+    for layer, kind in zip(text_layers(model).values(), _layer_kinds(model), strict=True):
         layers.append(_take_layer(layer, arrange, sliding=kind == "sliding_attention"))
         if release:
             for name, _ in list(layer.named_children()):

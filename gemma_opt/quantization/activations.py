@@ -17,11 +17,16 @@ FP8_MAX = 448.0  # the largest e4m3; torch's cast makes NaN of what rounds beyon
 FLOOR = 1e-12  # scale of a token of zeros
 
 
+def limit_of(activation: Activation) -> float:
+    """The largest step of a grid, in whole numbers or e4m3 values."""
+    return INT8_MAX if activation.startswith("int8") else FP8_MAX
+
+
 def quantize_input(x: Tensor, activation: Activation, static_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(steps, scale) with x ≈ steps · scale. x: [..., in]; steps: like x; scale: float32 [..., 1] or [], None where x stays."""
     if activation == "none":
         return x, None
-    limit = INT8_MAX if activation.startswith("int8") else FP8_MAX
+    limit = limit_of(activation)
     scale = _scale_of(x, limit) if static_scale is None else static_scale
     steps = (x.float() / scale).clamp(-limit, limit)
     return (steps.round() if limit == INT8_MAX else steps.to(FP8)).to(x.dtype), scale

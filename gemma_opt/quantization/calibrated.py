@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gemma_opt.calibration import Block, CalibrationData, Moments, walk_layers
 from gemma_opt.errors import PlanError
-from gemma_opt.gemma import GemmaModel
+from gemma_opt.gemma import GemmaModel, text_layers
 from gemma_opt.policy import Plan, PlanRow, Progress
 from gemma_opt.quantization import fit, grid
 from gemma_opt.quantization.gptq import DAMPING, Curvature, curvature, gptq
@@ -33,7 +33,7 @@ from gemma_opt.quantization.handlers import (
 from gemma_opt.quantization.observers import Observed
 from gemma_opt.quantization.rows import fitted_fp8_rows
 from gemma_opt.quantization.smoothing import smooth_
-from gemma_opt.recipe import FLOATS, SMOOTHED, Fp8Dynamic, Fp8Static, Int4, Int8DynamicInt4, Int8Static
+from gemma_opt.recipe import FLOATS, Fp8Dynamic, Fp8Static, Int4, Int8DynamicInt4, Int8Static, Smoothed
 
 
 class Step:
@@ -123,9 +123,8 @@ def _input_scale(stored: Int8Static | Fp8Static, weight: Tensor, step: Step) -> 
 
 def in_decoder(model: nn.Module, plan: Plan) -> tuple[PlanRow, ...]:
     """The quantized linears of the decoder layers."""
-    decoder = cast(GemmaModel, model).get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    return tuple(row for row in plan.quantized() if row.name.startswith(f"{prefix}.layers."))
+    layers = tuple(f"{name}." for name in text_layers(model))
+    return tuple(row for row in plan.quantized() if row.name.startswith(layers))
 
 
 def quantize_layers_(model: nn.Module, plan: Plan, data: CalibrationData, progress: Progress) -> None:
@@ -191,4 +190,4 @@ def _is_on_grid(weight: Tensor, group: int) -> bool:
 
 
 def _alpha(row: PlanRow) -> float | None:
-    return row.format.smooth if isinstance(row.format, SMOOTHED) else None
+    return row.format.smooth if isinstance(row.format, Smoothed) else None

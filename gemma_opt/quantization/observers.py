@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma_opt.quantization.activations import FP8_MAX, INT8_MAX, quantize_input
+from gemma_opt.quantization.activations import limit_of, quantize_input
 from gemma_opt.recipe import Activation, Observer
 
 _OCTAVE = 64  # bins to a factor of two: 1.1 % wide
@@ -44,15 +44,13 @@ class Observed:
         if observer == "percentile":
             share = self.counts.cumsum(0) / self.counts.sum()
             return min(peak, float(centers[int((share < PERCENTILE).sum())]))
-        limit = INT8_MAX if activation.startswith("int8") else FP8_MAX
         reaches = peak * 2.0 ** -torch.linspace(0, 3.5, _CANDIDATES)
-        errors = [self._squared_error(centers, float(reach) / limit, activation) for reach in reaches]
+        errors = [self._squared_error(centers, float(reach) / limit_of(activation), activation) for reach in reaches]
         return float(reaches[int(torch.tensor(errors).argmin())])
 
     def scale(self, observer: Observer, activation: Activation) -> Tensor:
         """The static scale, float32 []."""
-        limit = INT8_MAX if activation.startswith("int8") else FP8_MAX
-        return torch.tensor(self.reach(observer, activation) / limit, dtype=torch.float32)
+        return torch.tensor(self.reach(observer, activation) / limit_of(activation), dtype=torch.float32)
 
     def _squared_error(self, centers: Tensor, scale: float, activation: Activation) -> float:
         steps, _ = quantize_input(centers, activation, torch.tensor(scale))

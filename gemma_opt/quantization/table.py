@@ -31,9 +31,8 @@ class Int8Embedding(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
-        self.embed_scale = float(
-            torch.tensor(embed_scale, dtype=dtype, device="cpu")
-        )  # transformers multiplies in the rows' dtype
+        # transformers multiplies in the rows' dtype
+        self.embed_scale = float(torch.tensor(embed_scale, dtype=dtype, device="cpu"))
         self.dtype = dtype
 
     @property

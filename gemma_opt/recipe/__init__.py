@@ -9,7 +9,6 @@ from gemma_opt.recipe.execution import Compile, EngineSection
 from gemma_opt.recipe.formats import (
     FLOATS,
     FP8_FORMATS,
-    SMOOTHED,
     Activation,
     Bf16,
     Fp8,
@@ -25,13 +24,14 @@ from gemma_opt.recipe.formats import (
     Observer,
     Quantization,
     RoleFormats,
+    Smoothed,
     StoredFormat,
     Tied,
 )
 from gemma_opt.recipe.reading import packaged_recipes
 from gemma_opt.recipe.recipe import Recipe
 from gemma_opt.recipe.section import TEXT_ROLES
-from gemma_opt.recipe.source import BaseModelSection, Calibration
+from gemma_opt.recipe.source import HUB_ID, BaseModelSection, Calibration
 from gemma_opt.recipe.sparsity import (
     Compact,
     Gradual,
@@ -49,7 +49,7 @@ from gemma_opt.recipe.training import Distill, LowRank
 __all__ = [
     "FLOATS",
     "FP8_FORMATS",
-    "SMOOTHED",
+    "HUB_ID",
     "TEXT_ROLES",
     "Activation",
     "BaseModelSection",
@@ -79,6 +79,7 @@ __all__ = [
     "RoleFormats",
     "Rows",
     "Schedule",
+    "Smoothed",
     "SparseGPT",
     "SparsityStage",
     "StoredFormat",

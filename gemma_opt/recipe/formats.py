@@ -69,7 +69,7 @@ class Int8(_Format):
     format: Literal["int8"] = "int8"
 
 
-class _Smoothed(_Format):
+class Smoothed(_Format):
     """Weights and inputs of a layer share their unevenness before they are rounded. smooth: None leaves that out."""
 
     smooth: Smooth | None = 0.5
@@ -79,7 +79,7 @@ class _Smoothed(_Format):
         return self.needs_data or self.smooth is not None
 
 
-class Int8Dynamic(_Smoothed):
+class Int8Dynamic(Smoothed):
     """int8 rows, and int8 inputs with one scale a token, found when it comes."""
 
     activation: ClassVar[Activation] = "int8_dynamic"
@@ -87,7 +87,7 @@ class Int8Dynamic(_Smoothed):
     format: Literal["int8_dynamic"] = "int8_dynamic"
 
 
-class Int8Static(_Smoothed):
+class Int8Static(Smoothed):
     """int8 rows, and int8 inputs with one scale for all tokens, calibrated once and stored."""
 
     activation: ClassVar[Activation] = "int8_static"
@@ -101,7 +101,7 @@ class Int8Static(_Smoothed):
         return True
 
 
-class Int4Weights(_Smoothed):
+class Int4Weights(Smoothed):
     """4-bit numbers from 0 to 15, two in a byte, one bfloat16 scale for every `group` neighbours of a row.
 
     symmetric: zero is always stored as 8; else every group has a zero point of its own, from 0 to 15. method: how they are
@@ -147,7 +147,7 @@ class Fp8(_Format):
     format: Literal["fp8"] = "fp8"
 
 
-class Fp8Dynamic(_Smoothed):
+class Fp8Dynamic(Smoothed):
     """e4m3 rows, and e4m3 inputs with one scale a token, found when it comes."""
 
     activation: ClassVar[Activation] = "fp8_dynamic"
@@ -155,7 +155,7 @@ class Fp8Dynamic(_Smoothed):
     format: Literal["fp8_dynamic"] = "fp8_dynamic"
 
 
-class Fp8Static(_Smoothed):
+class Fp8Static(Smoothed):
     """e4m3 rows, and e4m3 inputs with one scale for all tokens, calibrated once and stored."""
 
     activation: ClassVar[Activation] = "fp8_static"
@@ -181,7 +181,6 @@ def _long_form(value: object) -> object:
 
 _TAG = Field(discriminator="format")
 FLOATS = (Fp32, Bf16, Fp16)
-SMOOTHED = (Int8Dynamic, Int8Static, Int4, Int8DynamicInt4, Fp8Dynamic, Fp8Static)
 FP8_FORMATS = (Fp8, Fp8Dynamic, Fp8Static)
 FloatFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16, _TAG], BeforeValidator(_long_form)]
 TableFormat = Annotated[Annotated[Fp32 | Bf16 | Fp16 | Int8, _TAG], BeforeValidator(_long_form)]

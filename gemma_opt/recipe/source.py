@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from gemma_opt.recipe.section import Section
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # organisation/name
+
 
 class BaseModelSection(Section):
     """Where the weights come from: a hub id with its pinned revision, or the bundled model's name, a folder, a `.gguf` file."""
@@ -19,7 +21,7 @@ class BaseModelSection(Section):
 
     @model_validator(mode="after")
     def _revision_is_for_hub_ids(self) -> BaseModelSection:
-        if self.revision and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base):
+        if self.revision and not HUB_ID.fullmatch(self.base):
             raise ValueError(f"a revision pins a hub id (organisation/name), and {self.base!r} is none")
         return self
 

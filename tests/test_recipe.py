@@ -169,7 +169,7 @@ def test_unknown_names_list_the_known_ones() -> None:
         Recipe.load("small-int9")
 
 
-@pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2", "", "\x00"])
+@pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2", "", "\x00", "description: 2024-99-99"])
 def test_files_that_are_no_recipe_are_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "broken.yaml"
     file.write_text(content)

@@ -21,6 +21,7 @@ def packaged_recipes() -> dict[str, str]:
 
 
 def read_source(source: str | Path) -> str:
+    """The text of a recipe file, or of the packaged recipe of that name. Raises RecipeNotFound, RecipeError."""
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -29,6 +30,8 @@ def read_source(source: str | Path) -> str:
             return path.read_text("utf-8")
         except UnicodeDecodeError:
             raise RecipeError(f"{path} is not UTF-8 text") from None
+        except OSError as error:
+            raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
     packaged = packaged_recipes()
     if str(source) not in packaged:
         raise RecipeNotFound(f"no recipe named {str(source)!r}; packaged recipes: {', '.join(packaged)}; or give a .yaml file")
@@ -36,11 +39,11 @@ def read_source(source: str | Path) -> str:
 
 
 def set_path(tree: dict[str, object], override: str) -> None:
-    """Apply one `sparsity.0.ratio=0.3`. The value is YAML, so numbers, lists and null work."""
+    """Apply one `sparsity.0.ratio=0.3`. The value is YAML, so numbers, lists and null work. Raises RecipeError."""
     path, separator, value = override.partition("=")
     if not separator or not path:
         raise RecipeError(f"override {override!r} is not KEY=VALUE, as in sparsity.0.ratio=0.3")
-    parsed = _yaml_value(value, override)
+    parsed = parse_yaml(value, f"override {override!r}: the value")
     node: object = tree
     *parents, last = path.split(".")
     for key in parents:
@@ -56,11 +59,12 @@ def set_path(tree: dict[str, object], override: str) -> None:
         raise RecipeError(f"override {override!r}: there is no section to hold {last!r}")
 
 
-def _yaml_value(text: str, override: str) -> object:
+def parse_yaml(text: str, what: str) -> object:
+    """The value that a text is in YAML. Raises RecipeError; `what` names the text in it."""
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
-        raise RecipeError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{what} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def _child(node: object, key: str, override: str) -> object:

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, ValidationError, model_validator
 from gemma_opt.errors import RecipeError
 from gemma_opt.recipe.execution import Compile, EngineSection
 from gemma_opt.recipe.formats import FLOATS, Fp32, Int4Weights, Quantization, Tied
-from gemma_opt.recipe.reading import explain, read_source, set_path
+from gemma_opt.recipe.reading import explain, parse_yaml, read_source, set_path
 from gemma_opt.recipe.section import Name, Section
 from gemma_opt.recipe.source import BaseModelSection, Calibration
 from gemma_opt.recipe.sparsity import Compact, Gradual, SparsityStage, parse_n_m
@@ -132,12 +132,7 @@ class Recipe(Section):
 
         Raises RecipeNotFound, or RecipeError that lists every offending key.
         """
-        text = read_source(source)
-        try:
-            tree = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
-        return cls.from_tree(tree, str(source), overrides)
+        return cls.from_tree(parse_yaml(read_source(source), str(source)), str(source), overrides)
 
     @classmethod
     def from_tree(cls, tree: object, where: str, overrides: tuple[str, ...] = ()) -> Recipe:

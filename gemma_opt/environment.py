@@ -33,17 +33,21 @@ def describe() -> dict[str, object]:
 def commit() -> str | None:
     """The commit of this checkout, with "+changes" if tracked files differ, other than results that were just measured.
 
-    Outside a checkout what GEMMA_OPT_COMMIT says: trees are copied to GPU machines without their history. None without it.
+    Where git knows of none, what GEMMA_OPT_COMMIT says: trees are copied to GPU machines without their history, and git
+    refuses to look into a checkout of another user. None without it.
     """
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():
         return os.environ.get("GEMMA_OPT_COMMIT")
 
-    def ask(*arguments: str) -> str:
-        return subprocess.run([git, *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 our own arguments
+    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([git, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 our own arguments
 
+    head = ask("rev-parse", "HEAD")
     changes = ask("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return ask("rev-parse", "HEAD") + ("+changes" if changes else "")
+    if head.returncode or changes.returncode:
+        return os.environ.get("GEMMA_OPT_COMMIT")
+    return head.stdout.strip() + ("+changes" if changes.stdout else "")
 
 
 def _cpu_name() -> str:

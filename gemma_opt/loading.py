@@ -11,8 +11,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from gemma_opt import checkpoint, gemma, pipeline
 from gemma_opt.errors import NeedsBuild, RecipeMismatch, RecipeNotFound
 from gemma_opt.policy import Plan, refuse_context
@@ -56,8 +54,8 @@ class Ready:
         return self.recipe.engine.context
 
 
-def resolve(argument: str) -> Source:
-    """Find out what a MODEL argument names, without reading weights.
+def resolve(argument: str, device: str | None = None) -> Source:
+    """Find out what a MODEL argument names, without reading weights. device: on which it will run.
 
     Raises RecipeNotFound, RecipeError, RecipeMismatch, CorruptCheckpoint.
     """
@@ -65,7 +63,7 @@ def resolve(argument: str) -> Source:
     if checkpoint.is_finished(path):
         return Source(checkpoint.read_recipe(path), path)
     if (path / "config.json").is_file() or path.suffix == ".gguf" or argument in gemma.BUNDLED:
-        return Source(dense_recipe(argument))
+        return Source(dense_recipe(argument, device))
     try:
         return prefer_finished(Recipe.load(argument))
     except RecipeNotFound:
@@ -107,16 +105,16 @@ def default_folder(recipe: Recipe) -> Path:
     return gemma.WEIGHTS_CACHE / recipe.name
 
 
-def dense_recipe(base: str) -> Recipe:
+def dense_recipe(base: str, device: str | None = None) -> Recipe:
     """The recipe that serves base weights as they are: float32 on the CPU, bfloat16 on a GPU."""
-    if torch.cuda.is_available():
+    if gemma.device_of(device).type == "cuda":
         return Recipe(name="dense", model=BaseModelSection(base=base), engine=EngineSection(context=DENSE_CONTEXT))
     exact = Quantization(default=Fp32(), roles=RoleFormats(vision=Fp32(), projector=Fp32(), embedding=Fp32()))
     section = BaseModelSection(base=base, dtype="float32")
     return Recipe(name="dense", model=section, quantization=exact, engine=EngineSection(context=DENSE_CONTEXT))
 
 
-def open_model(source: Source, device: str | None = None, progress: pipeline.Progress = pipeline.silent) -> Ready:
+def open_model(source: Source, device: str | None = None) -> Ready:
     """Load the finished checkpoint, or load and compress the base weights.
 
     Raises CheckpointError, PlanError, NeedsBuild (the recipe needs data, and is compressed at build time only).
@@ -142,7 +140,7 @@ def open_model(source: Source, device: str | None = None, progress: pipeline.Pro
             )
         base = gemma.load_base(files, gemma.DTYPES[recipe.model.dtype], place)
         refuse_context(base.model, recipe.engine.context)
-        ready = Ready(recipe, base.model, base.processing, pipeline.compress(base.model, recipe, progress))
+        ready = Ready(recipe, base.model, base.processing, pipeline.compress(base.model, recipe))
     if place.type == "cpu" and (
         emulated := {str(row.format) for row in ready.plan.rows if isinstance(row.format, FP8_FORMATS)}
     ):

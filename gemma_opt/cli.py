@@ -19,6 +19,7 @@ from gemma_opt.errors import GemmaOptError, InputError, StorageError, UsageError
 from gemma_opt.terminal import console, figures, print_build, print_evaluation, print_json, progress_bar
 
 if TYPE_CHECKING:
+    from gemma_opt.evaluation.lm_eval_adapter import Tasks
     from gemma_opt.recipe import Recipe
 
 app = typer.Typer(
@@ -104,7 +105,7 @@ def predict(
 
     request = read_inputs(inputs or [])
     request.sampling()  # wrong numbers are refused before the model is loaded
-    service = Service.load(resolve(model), device, only_serve=True)
+    service = Service.load(resolve(model, device), device, only_serve=True)
     try:
         reply = service.stream(request)
         text: list[str] = []
@@ -127,7 +128,7 @@ def inspect(model: Model = DEFAULT_MODEL, device: Device = "cpu", as_json: AsJso
     from gemma_opt.inspection import layer_table, measure, to_json
     from gemma_opt.loading import open_model, resolve
 
-    ready = open_model(resolve(model), device)
+    ready = open_model(resolve(model, device), device)
     layers = measure(ready.model, ready.plan)
     if as_json:
         print_json(to_json(layers))
@@ -200,16 +201,14 @@ def evaluate(
 
     if not charts and not text and not tasks and not reference:
         raise UsageError("nothing to measure: give --charts N, --text FILE, --reference MODEL or --tasks NAMES")
-    run_tasks = _lm_eval() if tasks else None  # an extra: that it is missing is said before anything is measured
+    chosen = _find_tasks(tasks, include_path) if tasks else None  # what is missing is said before anything is measured
     measures = Measures(_read_texts(text or []), window, None, charts, seed, blank_images, prompts)
     with ExitStack() as opened:
-        service = opened.enter_context(closing(Service.load(resolve(model), device)))
-        compared = opened.enter_context(closing(Service.load(resolve(reference), device))) if reference else None
+        service = opened.enter_context(closing(Service.load(resolve(model, device), device)))
+        compared = opened.enter_context(closing(Service.load(resolve(reference, device), device))) if reference else None
         show = opened.enter_context(progress_bar())
         found = measure(service, compared, measures, show)
-        scores: dict[str, dict[str, float]] = {}
-        if run_tasks and tasks:
-            scores = run_tasks(service, tasks.split(","), limit=limit, include_path=include_path)
+        scores = chosen.run(service, limit=limit) if chosen else {}
     if as_json:
         print_json({"model": model, "reference": reference, **found.to_json(), "tasks": scores})
     else:
@@ -240,8 +239,9 @@ def report(
     from gemma_opt.evaluation.suite import Measures
     from gemma_opt.recipe import Recipe
     from gemma_opt.report.measure import SpeedTest, compare
-    from gemma_opt.report.page import write
+    from gemma_opt.report.page import refuse_missing, write
 
+    refuse_missing()
     chosen = [Recipe.load(recipe) for recipe in recipes]
     measures = Measures(_read_texts(text or []), window, windows, charts, prompts=prompts)
     with progress_bar() as show:
@@ -266,7 +266,7 @@ def bench(
     from gemma_opt.service import Service
     from gemma_opt.throughput import measure, refuse_clipped, table, unlike_prompts
 
-    counts, source = requests or [1, 8], resolve(model)
+    counts, source = requests or [1, 8], resolve(model, device)
     refuse_clipped(source.recipe.engine.context, prompt_tokens, new_tokens)
     with closing(Service.load(source, device, slots=max(counts), only_serve=True)) as service:
         prompts = unlike_prompts(service, max(counts), prompt_tokens)
@@ -327,7 +327,8 @@ def _read_texts(paths: list[Path]) -> dict[str, str]:
     return texts
 
 
-def _lm_eval():
-    from gemma_opt.evaluation.lm_eval_adapter import run_tasks
+def _find_tasks(names: str, include_path: Path | None) -> Tasks:
+    """lm-eval tasks by their names, between commas. Raises UsageError for unknown ones, or without the extra."""
+    from gemma_opt.evaluation.lm_eval_adapter import Tasks
 
-    return run_tasks
+    return Tasks(names.split(","), include_path)

@@ -57,7 +57,7 @@ class Ready:
 def resolve(argument: str, device: str | None = None) -> Source:
     """Find out what a MODEL argument names, without reading weights. device: on which it will run.
 
-    Raises RecipeNotFound, RecipeError, RecipeMismatch, CorruptCheckpoint.
+    Raises RecipeNotFound, RecipeError, RecipeMismatch, CorruptCheckpoint, and UsageError for no such device.
     """
     path = Path(argument).expanduser()
     if checkpoint.is_finished(path):

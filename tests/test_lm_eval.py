@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports] an extra
 
-    from gemma_opt.evaluation.lm_eval_adapter import CompressedLM, run_tasks
+    from gemma_opt.evaluation.lm_eval_adapter import CompressedLM, Tasks
 
 QUESTIONS = 6
 CHOICE_TASK = """
@@ -97,12 +98,12 @@ def ask(kind: str, *arguments: object) -> Instance:
 
 
 def test_the_picture_task_scores_what_our_own_quiz_scores(service: Service, tasks: Path) -> None:
-    found = run_tasks(service, ["small_charts"], include_path=tasks)
+    found = Tasks(["small_charts"], tasks).run(service)
     assert found["small_charts"]["exact_match"] == pytest.approx(run_quiz(service, QUESTIONS, 1).accuracy)
 
 
 def test_a_choice_task_runs_with_a_limit(service: Service, tasks: Path) -> None:
-    found = run_tasks(service, ["small_choice", "small_charts"], include_path=tasks, limit=2)
+    found = Tasks(["small_choice", "small_charts"], tasks).run(service, limit=2)
     assert found["small_choice"]["acc"] in (0.0, 0.5, 1.0)
     assert found.keys() == {"small_choice", "small_charts"}
 
@@ -143,19 +144,17 @@ def test_one_bos_and_no_more(service: Service) -> None:
     assert lm.prefix_token_id not in lm.tok_encode("A bar", add_special_tokens=False)
 
 
-def test_the_harness_leaves_head_and_embedding_as_they_are(service: Service, tasks: Path) -> None:
+def test_the_harness_leaves_head_and_embedding_as_they_are(tasks: Path) -> None:
     """lm-eval's own Hugging Face class ties the head again and so silently undoes an untied or quantized one."""
-    model = service.ready.model
-    before, logits = model.lm_head.weight, model(torch.tensor([[2, 300]])).logits
-    untied = torch.nn.Parameter(before.detach() * 2)
-    model.lm_head.weight = untied
-    try:
-        run_tasks(service, ["small_choice"], include_path=tasks, limit=1)
+    with closing(Service.load(resolve("small-bf16"), "cpu")) as service:
+        model = service.ready.model
+        tied, logits = model.lm_head.weight, model(torch.tensor([[2, 300]])).logits
+        untied = torch.nn.Parameter(tied.detach() * 2)
+        model.lm_head.weight = untied
+        Tasks(["small_choice"], tasks).run(service, limit=1)
         assert model.lm_head.weight is untied
-        assert model.get_input_embeddings().weight is before
+        assert model.get_input_embeddings().weight is tied
         torch.testing.assert_close(model(torch.tensor([[2, 300]])).logits, 2 * logits)
-    finally:
-        model.lm_head.weight = before
 
 
 def test_what_is_not_supported_is_said(service: Service) -> None:
@@ -169,6 +168,6 @@ def test_what_is_not_supported_is_said(service: Service) -> None:
 
 
 @pytest.mark.slow
-def test_unknown_tasks_are_named(service: Service) -> None:
+def test_unknown_tasks_are_named_before_there_is_a_model() -> None:
     with pytest.raises(UsageError, match="knows no task no_such_task"):
-        run_tasks(service, ["no_such_task"])
+        Tasks(["no_such_task"])

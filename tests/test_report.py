@@ -6,15 +6,20 @@ import json
 import random
 import re
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from models import processing
 from PIL import Image
 
+from gemma_opt import cli
 from gemma_opt.errors import UsageError
 from gemma_opt.evaluation.agreement import Agreement
-from gemma_opt.evaluation.suite import Evaluation, Measures
+from gemma_opt.evaluation.suite import Evaluation, Measures, refuse_unmeasurable
+from gemma_opt.gemma import Processing
 from gemma_opt.recipe import Recipe
+from gemma_opt.report import page
 from gemma_opt.report.candidates import SAME_SPEED, Candidate, Speed, faster, frontier, recommend
 from gemma_opt.report.measure import Report, SpeedTest, compare
 from gemma_opt.report.page import FILES, as_html, as_markdown, write
@@ -30,6 +35,7 @@ def report(*candidates: Candidate) -> Report:
     return Report("model.gguf", candidates, ("text",), Measures(), SpeedTest(), {"cpu": "a processor"})
 
 
+INT8_RECIPE = Recipe.load("small-int8")
 BASE = candidate("base", 1000, 0.0, is_base=True)
 INT8 = candidate("int8", 520, 0.002, 1.5)
 COMPACT = candidate("compact", 440, 0.04, 1.8)
@@ -163,7 +169,7 @@ def test_a_recipe_beside_the_bundled_base(tmp_path: Path) -> None:
 def test_the_builtin_text_changes_nothing_else_that_was_asked(tmp_path: Path) -> None:
     """The story: without a text, the number of greedy prompts and the seed were forgotten."""
     asked = Measures(window=64, windows=1, seed=3, prompts=1)
-    found = compare([Recipe.load("small-int8")], None, tmp_path, asked, SpeedTest(8, 8, 1), "cpu", lambda *call: None)
+    found = compare([INT8_RECIPE], None, tmp_path, asked, SpeedTest(8, 8, 1), "cpu", lambda *call: None)
     assert found.measures == replace(asked, texts=found.measures.texts)
     greedy = found.candidates[1].evaluation.greedy
     assert greedy is not None
@@ -171,9 +177,41 @@ def test_the_builtin_text_changes_nothing_else_that_was_asked(tmp_path: Path) ->
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
-    int8, other = Recipe.load("small-int8"), Recipe.load("gemma-3-4b-int8")
+    int8, other = INT8_RECIPE, Recipe.load("gemma-3-4b-int8")
     rest = (tmp_path, Measures(), SpeedTest(), "cpu", lambda *call: None)
     with pytest.raises(UsageError, match="a name of its own"):
         compare([int8, int8], None, *rest)
     with pytest.raises(UsageError, match="different base models"):
         compare([int8, other], None, *rest)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("measures", "test", "named"),
+    [
+        (Measures({"short.txt": "Hello"}, window=64), SpeedTest(), "short.txt has"),
+        (Measures(), SpeedTest(prompt_tokens=64, new_tokens=2000), "2,064, and a slot of this model holds 2,048"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_first_build(
+    measures: Measures, test: SpeedTest, named: str, tmp_path: Path
+) -> None:
+    """It was found out after every recipe had been built; and a reply that its slot cut short was timed as if whole."""
+    heard = set[str]()
+    with pytest.raises(UsageError, match=named):
+        compare([INT8_RECIPE], None, tmp_path, measures, test, "cpu", lambda what, done, total: heard.add(what))
+    assert not heard
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_charts_are_refused_for_a_model_that_reads_text_only() -> None:
+    with pytest.raises(UsageError, match="charts are pictures"):
+        refuse_unmeasurable(Processing(processing().tokenizer, None), Measures(charts=1))
+
+
+def test_a_missing_package_is_said_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plot came last, and without matplotlib hours of measuring were lost."""
+    monkeypatch.setattr(page, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    with pytest.raises(UsageError, match=r"E2000 a report needs matplotlib: pip install '\.\[report\]'"):
+        cli.report(["small-int8"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

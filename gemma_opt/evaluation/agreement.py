@@ -81,7 +81,7 @@ def text_agreement(reference: Ready, model: Ready, text: str, *, window: int = W
 @torch.inference_mode()
 def agreement(reference: Ready, model: Ready, passages: Iterable[Passage]) -> Agreement:
     """Compare next-token distributions over at least one passage. Raises UsageError if the vocabularies differ."""
-    _refuse_other_vocabulary(reference, model)
+    refuse_other_vocabulary(reference, model)
     tokens, kl, same, surprise, expected_surprise = 0, 0.0, 0, 0.0, 0.0
     for passage in passages:
         expected, got = (prediction_logits(ready, passage) for ready in (reference, model))
@@ -111,7 +111,7 @@ def greedy_agreement(
     """Let both models answer greedily, at most GREEDY_TOKENS each, and compare. Raises UsageError if there is no prompt."""
     if not prompts:
         raise UsageError("nothing to compare: there is no prompt")
-    _refuse_other_vocabulary(reference.ready, model.ready)
+    refuse_other_vocabulary(reference.ready, model.ready)
     pairs = list[tuple[list[int], list[int]]]()
     for done, prompt in enumerate(prompts, start=1):
         pairs.append((_reply(reference, prompt), _reply(model, prompt)))
@@ -155,7 +155,8 @@ def _reply(service: Service, prompt: EncodedPrompt) -> list[int]:
     return [*tokens, END] if generation.finished.reason == "stop" else tokens
 
 
-def _refuse_other_vocabulary(reference: Ready, model: Ready) -> None:
+def refuse_other_vocabulary(reference: Ready, model: Ready) -> None:
+    """Raises UsageError where the models' tokens are not the same."""
     one, other = (ready.model.config.get_text_config().vocab_size for ready in (reference, model))
     probe = "Ünïcode, 3.14 and plain words: the same tokens?"
     tokens = [ready.processing.tokenizer.encode(probe) for ready in (reference, model)]

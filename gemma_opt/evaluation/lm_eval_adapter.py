@@ -50,25 +50,33 @@ class GenerationOptions(TypedDict, total=False):
     top_k: int
 
 
-def run_tasks(
-    service: Service, tasks: Sequence[str], *, limit: int | None = None, include_path: Path | None = None
-) -> dict[str, dict[str, float]]:
-    """Run lm-eval tasks: task or group → metric → value.
+class Tasks:
+    """lm-eval tasks and groups by name. include_path: a folder with further task files. Raises UsageError for unknown ones."""
 
-    limit: at most so many documents of every task. include_path: a folder with further task files.
-    Raises UsageError for unknown tasks and for picture tasks on a text-only model.
-    """
-    manager = _manager(tasks, include_path)
-    try:
-        results = simple_evaluate(
-            CompressedLM(service), tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0
-        )
-    except ConnectionError as error:
-        raise UsageError(f"the tasks' data could not be downloaded: {error}") from None
-    return {
-        task: {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, float)}
-        for task, metrics in results["results"].items()
-    }
+    def __init__(self, names: Sequence[str], include_path: Path | None = None) -> None:
+        self._names = list(names)
+        self._manager = _manager(names, include_path)
+
+    def run(self, service: Service, *, limit: int | None = None) -> dict[str, dict[str, float]]:
+        """Task or group → metric → value. limit: at most so many documents of every task.
+
+        Raises UsageError where data cannot be downloaded, and for picture tasks on a text-only model.
+        """
+        try:
+            results = simple_evaluate(
+                CompressedLM(service),
+                tasks=self._names,
+                limit=limit,
+                task_manager=self._manager,
+                log_samples=False,
+                bootstrap_iters=0,
+            )
+        except ConnectionError as error:
+            raise UsageError(f"the tasks' data could not be downloaded: {error}") from None
+        return {
+            task: {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, float)}
+            for task, metrics in results["results"].items()
+        }
 
 
 def _manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:

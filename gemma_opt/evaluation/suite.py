@@ -12,11 +12,13 @@ from gemma_opt.evaluation.agreement import (
     agreement,
     chart_prompts,
     greedy_agreement,
+    refuse_other_vocabulary,
     text_agreement,
     text_prompts,
 )
 from gemma_opt.evaluation.perplexity import WINDOW, answer_passages, text_perplexity
 from gemma_opt.evaluation.quiz import QuizScore, run_quiz
+from gemma_opt.gemma import Processing
 from gemma_opt.service import Service
 
 ANSWERS = "chart answers"  # stands among the texts: the right answers to picture questions
@@ -63,7 +65,9 @@ class Evaluation:
 
 def evaluate(service: Service, reference: Service | None, measures: Measures, progress: Progress) -> Evaluation:
     """Measure a model, and if there is a reference, how far it strays from it. Raises UsageError, InputError, EngineError."""
-    _refuse_short(service, measures)
+    refuse_unmeasurable(service.ready.processing, measures)
+    if reference:
+        refuse_other_vocabulary(reference.ready, service.ready)
     quiz = None
     if measures.charts:
         quiz = run_quiz(
@@ -95,9 +99,11 @@ def evaluate(service: Service, reference: Service | None, measures: Measures, pr
     return Evaluation({name: one.perplexity for name, one in found.items()}, quiz, found, greedy)
 
 
-def _refuse_short(service: Service, measures: Measures) -> None:
-    """Raises UsageError that names every text which fills no window, before anything is measured."""
-    tokenizer, needed = service.ready.processing.tokenizer, measures.window - 1  # <bos> is the other one
+def refuse_unmeasurable(processing: Processing, measures: Measures) -> None:
+    """Raises UsageError for pictures where the model reads text only, or naming every text that fills no window."""
+    if measures.charts and processing.processor is None:
+        raise UsageError("charts are pictures, and this model reads text only")
+    tokenizer, needed = processing.tokenizer, measures.window - 1  # <bos> is the other one
     texts = measures.texts.items()
     counts = {name: len(tokenizer.encode(text, add_special_tokens=False, verbose=False)) for name, text in texts}
     if short := ", ".join(f"{name} has {count:,}" for name, count in counts.items() if count < needed):

@@ -17,13 +17,15 @@ from gemma_opt.build import build
 from gemma_opt.engine.interface import SamplingParams
 from gemma_opt.errors import UsageError
 from gemma_opt.evaluation.perplexity import builtin_text
-from gemma_opt.evaluation.suite import Evaluation, Measures, Progress, evaluate
+from gemma_opt.evaluation.suite import Evaluation, Measures, Progress, evaluate, refuse_unmeasurable
 from gemma_opt.identity import differences
-from gemma_opt.loading import Source, default_folder, dense_recipe
+from gemma_opt.loading import DENSE_CONTEXT, Source, default_folder, dense_recipe
 from gemma_opt.prompt import EncodedPrompt
 from gemma_opt.recipe import Recipe
 from gemma_opt.report.candidates import Candidate, Recommendation, Speed, frontier, recommend
 from gemma_opt.service import Service
+from gemma_opt.staging import storage_errors
+from gemma_opt.throughput import refuse_clipped
 
 BASE = "base"
 
@@ -91,7 +93,8 @@ def compare(
     """Measure all recipes. Checkpoints that are not there yet are built in `folder`.
 
     Without texts and charts, Python's help texts are the text. Raises UsageError if two recipes share a name or, without
-    `base`, their base models differ; and what building and loading raise.
+    `base`, their base models differ, and for what cannot be measured; and what building and loading raise. What can be
+    refused is refused before the first build.
     """
     names = [recipe.name for recipe in recipes]
     if len(set(names)) != len(names) or BASE in names:
@@ -102,12 +105,17 @@ def compare(
     if not measures.texts and not measures.charts:
         measures = replace(measures, texts={"Python's help texts": builtin_text()}, windows=measures.windows or 16)
     files = gemma.locate(recipes[0].model, base)
+    refuse_unmeasurable(gemma.find_processing(files), measures)
+    context = min(DENSE_CONTEXT, *(recipe.engine.context for recipe in recipes))
+    refuse_clipped(context, speed_test.prompt_tokens, speed_test.new_tokens)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     title = "build or reuse"
     folders = dict[str, Path]()
     for done, recipe in enumerate(recipes, start=1):
         folders[recipe.name] = _finished(recipe, str(files.path), folder, device, progress)
         progress(title, done, len(recipes))
-    with closing(Service.load(Source(dense_recipe(str(files.path))), device)) as dense:
+    with closing(Service.load(Source(dense_recipe(str(files.path), device)), device)) as dense:
         parameters = dense.ready.plan.parameters
         found = [_measure(recipe, folders[recipe.name], dense, measures, speed_test, device, progress) for recipe in recipes]
         quiz = evaluate(
@@ -181,5 +189,5 @@ def decode_rate(service: Service, test: SpeedTest) -> float:
         pass
     rate = generation.finished.tokens_per_second
     if rate is None:
-        raise UsageError(f"the decode test needs at least 2 new tokens and a context of {test.prompt_tokens + test.new_tokens}")
+        raise UsageError(f"the decode test needs at least 2 new tokens, got {test.new_tokens}")
     return rate

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib import resources
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -13,18 +14,26 @@ from gemma_opt.errors import UsageError
 from gemma_opt.report.candidates import Candidate, Recommendation
 from gemma_opt.report.measure import Report
 from gemma_opt.report.plot import WORST_SHOWN, as_svg, write_png
+from gemma_opt.staging import storage_errors
 
 FILES = ("report.html", "frontier.png", "report.md", "report.json")
 
 
+def refuse_missing() -> None:
+    """Raises UsageError without the packages that `write` needs: call it before anything is measured."""
+    if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
+        raise UsageError(f"a report needs {' and '.join(missing)}: pip install '.[report]' in the repository's folder")
+
+
 def write(report: Report, folder: Path) -> list[Path]:
-    """Write page, plot, table and JSON into a folder. Returns their paths. Raises UsageError without jinja2 or matplotlib."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write page, plot, table and JSON into a folder. Returns their paths. Raises StorageError."""
     page, plot, table, data = (folder / name for name in FILES)
-    write_png(report.candidates, title(report), plot)
-    page.write_text(as_html(report), "utf-8")
-    table.write_text(as_markdown(report), "utf-8")
-    data.write_text(json.dumps(report.to_json(), indent=1) + "\n", "utf-8")
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps(report.to_json(), indent=1) + "\n", "utf-8")  # first: the others can be made of it
+        table.write_text(as_markdown(report), "utf-8")
+        page.write_text(as_html(report), "utf-8")
+        write_png(report.candidates, title(report), plot)
     return [page, plot, table, data]
 
 
@@ -35,10 +44,7 @@ def title(report: Report) -> str:
 
 def as_html(report: Report) -> str:
     """One page that needs no other file."""
-    try:
-        from jinja2 import Environment
-    except ImportError:
-        raise UsageError("the page needs jinja2: pip install '.[report]' in the repository's folder") from None
+    from jinja2 import Environment
     from markupsafe import Markup
 
     template = (resources.files("gemma_opt") / "report" / "page.html").read_text("utf-8")

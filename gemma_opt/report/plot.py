@@ -1,4 +1,7 @@
-"""The frontier as a figure: quality against size, and against speed. PNG for files, SVG for the page. Needs matplotlib."""
+"""The frontier as a figure: quality against size, and against speed. PNG for files, SVG for the page.
+
+Needs matplotlib, which is imported where it draws: `page.refuse_missing` asks for it in time.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_opt.errors import UsageError
 from gemma_opt.report.candidates import Candidate, frontier
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ LABEL_OFFSETS = [(9, 0), (-9, 0), (9, 10), (-9, 10), (9, -10), (-9, -10), (0, 13
 
 
 def write_png(candidates: Sequence[Candidate], title: str, path: Path) -> None:
-    """Write the figure as PNG. Raises UsageError without matplotlib."""
+    """Write the figure as PNG."""
     draw(candidates, title).savefig(path, dpi=160, facecolor="white")
 
 
@@ -35,11 +37,9 @@ def as_svg(candidates: Sequence[Candidate]) -> str:
 
 def draw(candidates: Sequence[Candidate], title: str) -> Figure:
     """Both panels side by side. Lower is better; left is smaller, right is faster."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("plots need matplotlib: pip install '.[report]' in the repository's folder") from None
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     style: dict[str, object] = {
         "font.family": "DejaVu Sans",
         "font.size": 9.5,

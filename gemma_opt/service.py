@@ -7,7 +7,6 @@ and a text that is safe to send to a client; anything else is logged and becomes
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -110,7 +109,7 @@ def _is_unicode(value: object) -> bool:
 
 def _integer(name: str, value: float) -> int:
     """JSON has one kind of number, and Cog passes 2.0 on as a float."""
-    if not math.isfinite(value) or value != int(value):
+    if isinstance(value, float) and not value.is_integer():
         raise ParameterError(f"{name} must be a whole number, got {value}")
     return int(value)
 

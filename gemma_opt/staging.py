@@ -2,6 +2,9 @@
 
 It grows in a hidden folder beside its place and is renamed at the end. Who writes holds a lock on that folder, which ends
 with the process: a folder that nobody holds is what a killed writer left, and the next one removes it.
+
+On a file system without such locks (NFS has none for folders) all that is in doubt stays: what killed writers left has to be
+removed by hand, and of two that finish the same folder at the same moment one may fail.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ def staging(out: Path, needed_bytes: int) -> Generator[Path]:
 
 
 def _replace(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an older `out` is moved aside first and removed last."""
+    """Rename `folder` to `out`; an older `out` is moved aside first and removed last, if need be by the next writer."""
     if not out.exists():
         folder.rename(out)
         return
@@ -77,7 +80,7 @@ def _replace(folder: Path, out: Path) -> None:
     except OSError:
         aside.rename(out)
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _tidy(out: Path) -> None:

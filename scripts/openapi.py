@@ -171,12 +171,14 @@ def type_schema(annotation: ast.expr, *, uri: bool) -> Schema:
 
 
 def union_members(node: ast.expr) -> list[ast.expr]:
+    """The alternatives of `A | B | …`, in order."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return [*union_members(node.left), *union_members(node.right)]
     return [node]
 
 
 def member_schema(node: ast.expr, *, uri: bool) -> Schema:
+    """The schema of one type. uri: a text that names a picture."""
     match node:
         case ast.Name(id=name) if name in PRIMITIVES:
             return {"type": PRIMITIVES[name], **({"format": "uri"} if uri else {})}

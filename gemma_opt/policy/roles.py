@@ -73,4 +73,5 @@ def main_parameter(module: nn.Module) -> nn.Parameter | None:
 
 
 def find_role(module_name: str) -> Role | None:
+    """`role_of`, None for any other name."""
     return next((role for role, pattern in _ROLES.items() if pattern.fullmatch(module_name)), None)

@@ -29,6 +29,7 @@ class Section(BaseModel):
 
 
 def once(roles: tuple[_Role, ...]) -> tuple[_Role, ...]:
+    """The roles, made sure that none is named twice."""
     if len(set(roles)) != len(roles):
         raise ValueError("a role is named twice")
     return roles

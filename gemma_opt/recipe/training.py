@@ -33,6 +33,7 @@ class LowRank(Section):
 
 
 def listed(sections: object) -> object:
+    """One section may stand without its list."""
     return [sections] if isinstance(sections, dict) else sections
 
 

@@ -19,7 +19,6 @@ from gemma_opt.evaluation.perplexity import builtin_text
 from gemma_opt.prompt import EncodedPrompt
 from gemma_opt.service import Service
 
-BOS = 2
 PERCENTILES = (50, 90, 99)
 
 
@@ -46,10 +45,12 @@ class Throughput:
 
 def unlike_prompts(service: Service, count: int, tokens: int) -> list[EncodedPrompt]:
     """`count` prompts of exactly `tokens` tokens, each from another place of Python's help texts."""
-    ids: list[int] = service.ready.processing.tokenizer.encode(builtin_text(), add_special_tokens=False, verbose=False)
+    tokenizer = service.ready.processing.tokenizer
+    ids: list[int] = tokenizer.encode(builtin_text(), add_special_tokens=False, verbose=False)
+    begin = tokenizer.get_vocab()["<bos>"]
     if count * tokens > len(ids):
         raise UsageError(f"{count} prompts of {tokens} tokens are more text than there is: {len(ids):,} tokens")
-    return [EncodedPrompt((BOS, *ids[n * tokens : (n + 1) * tokens - 1]), (), 0) for n in range(count)]
+    return [EncodedPrompt((begin, *ids[n * tokens : (n + 1) * tokens - 1]), (), 0) for n in range(count)]
 
 
 def measure(service: Service, prompts: Sequence[EncodedPrompt], new_tokens: int) -> Throughput:

@@ -9,7 +9,6 @@ from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
 from gemma_opt.engine.interface import EngineRequest
 from gemma_opt.engine.queueing import EngineThread, QueuedGeneration, warm_up
 from gemma_opt.engine.runner import Counters, Runner
-from gemma_opt.errors import PromptTooLong
 from gemma_opt.gemma import GemmaModel
 from gemma_opt.recipe import Compile, EngineSection
 
@@ -35,7 +34,6 @@ class FastEngine:
         compile_cache: Path | None = None,
         run_ahead: bool | None = None,
     ) -> None:
-        self.context = settings.context
         self.counters = Counters()
         # `decode` names what this engine has in any case: its own step instead of a compiled one.
         modules = tuple(target for target in compile_section.targets if target == "vision")
@@ -50,12 +48,10 @@ class FastEngine:
                 warm_up(runner, warm_up_request())
             return runner
 
-        self._thread = EngineThread(start, capacity=settings.slots + settings.queue, timeout_s=settings.timeout_s)
+        self._thread = EngineThread(start, settings)
 
     def submit(self, request: EngineRequest) -> QueuedGeneration:
         """Queue a request. Raises PromptTooLong, QueueFull, EngineClosed."""
-        if len(request.token_ids) > self.context - 1:
-            raise PromptTooLong(f"the prompt has {len(request.token_ids):,} tokens, at most {self.context - 1:,} fit")
         _ = request.image_keys  # hashed here, on the caller's thread, and kept by the request
         return self._thread.submit(request)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gemma_opt.quantization.grid import SYMMETRIC_ZERO, unpack_nibbles
 from gemma_opt.recipe import Activation
 
 HALVES = (128, 64, 32)  # bytes of a block of Int4Halves: as long as fits, for wide loads
@@ -76,8 +77,8 @@ class Int4Rows:
 
     def dequantize(self) -> Tensor:
         """The weight as float32 [out, in]."""
-        nibbles = torch.stack((self.packed & 15, self.packed >> 4), dim=-1).view(*self.scale.shape, self.group)
-        steps = nibbles.char() - (8 if self.zero is None else self.zero.char()[..., None])
+        nibbles = unpack_nibbles(self.packed).view(*self.scale.shape, self.group)
+        steps = nibbles.char() - (SYMMETRIC_ZERO if self.zero is None else self.zero.char()[..., None])
         return (steps * self.scale.float()[..., None]).flatten(1)
 
 
@@ -107,9 +108,9 @@ class Int4Halves:
         group, groups = rows.group, rows.scale.shape[1]
         half = next((size for size in HALVES if size >= group and group * groups % (2 * size) == 0), group)
         missing = -groups % (2 * half // group)
-        nibbles = torch.stack((rows.packed & 15, rows.packed >> 4), dim=-1).flatten(1)
+        nibbles = unpack_nibbles(rows.packed)
         low, high = functional.pad(nibbles, (0, missing * group)).view(rows.out_features, -1, 2, half).unbind(2)
-        zero = torch.full_like(rows.scale, 8) if rows.zero is None else rows.zero.to(torch.bfloat16)
+        zero = torch.full_like(rows.scale, SYMMETRIC_ZERO) if rows.zero is None else rows.zero.to(torch.bfloat16)
         words = torch.stack((rows.scale, zero + 128), dim=-1).view(torch.int32)[..., 0]
         steps = functional.pad(words, (0, missing)).T.contiguous()
         return Int4Halves((low | high << 4).flatten(1), steps, group, half, group * groups)

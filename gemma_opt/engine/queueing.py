@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from gemma_opt.engine.interface import EngineRequest, Finished, FinishReason
-from gemma_opt.errors import EngineClosed, EngineError, GemmaOptError, GenerationTimeout, QueueFull
+from gemma_opt.errors import EngineClosed, EngineError, GemmaOptError, GenerationTimeout, PromptTooLong, QueueFull
+from gemma_opt.recipe import EngineSection
 
 log = logging.getLogger(__name__)
 
@@ -146,14 +147,14 @@ def warm_up(worker: Worker, request: EngineRequest) -> None:
 class EngineThread:
     """Runs a worker on a thread of its own, and a bounded line of requests in front of it.
 
-    start: called first, on that thread; loads the model and returns its worker. capacity: how many requests may run and
-    wait together. The constructor returns when `start` has, and raises what it raised. What escapes a turn ends the
-    engine: a model in an unknown state (a broken CUDA context) must not answer anyone.
+    start: called first, on that thread; loads the model and returns its worker. As many requests may run and wait together as
+    the settings have slots and places in the queue. The constructor returns when `start` has, and raises what it raised. What
+    escapes a turn ends the engine: a model in an unknown state (a broken CUDA context) must not answer anyone.
     """
 
-    def __init__(self, start: Callable[[], Worker], *, capacity: int, timeout_s: float) -> None:
-        self._capacity = capacity
-        self._timeout_s = timeout_s
+    def __init__(self, start: Callable[[], Worker], settings: EngineSection) -> None:
+        self._context, self._timeout_s = settings.context, settings.timeout_s
+        self._capacity = settings.slots + settings.queue
         self._inbox: queue.SimpleQueue[QueuedGeneration | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[QueuedGeneration] = set()
@@ -173,7 +174,9 @@ class EngineThread:
         return self._thread.is_alive() and not self._closed
 
     def submit(self, request: EngineRequest) -> QueuedGeneration:
-        """Queue a request. Raises QueueFull or EngineClosed."""
+        """Queue a request. Raises PromptTooLong, QueueFull or EngineClosed."""
+        if len(request.token_ids) > self._context - 1:
+            raise PromptTooLong(f"the prompt has {len(request.token_ids):,} tokens, at most {self._context - 1:,} fit")
         generation = QueuedGeneration(request, self._timeout_s, self._forget)
         with self._lock:
             if self._closed:

@@ -19,7 +19,7 @@ from gemma_opt.engine.batch import Batch
 from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
 from gemma_opt.engine.interface import EngineRequest, FinishReason
 from gemma_opt.engine.queueing import OUT_OF_MEMORY, EngineThread, QueuedGeneration, warm_up
-from gemma_opt.errors import CompileError, EngineError, PromptTooLong
+from gemma_opt.errors import CompileError, EngineError
 from gemma_opt.gemma import GemmaModel, stop_token_ids, weights_device
 from gemma_opt.recipe import Compile, EngineSection
 
@@ -40,7 +40,6 @@ class ReferenceEngine:
         compile_section: Compile,
         warm_up_request: Callable[[], EngineRequest] | None = None,
     ) -> None:
-        self.context = settings.context
         self._compiler = SelectiveCompiler(compile_section)
 
         def start() -> _Server:
@@ -49,12 +48,10 @@ class ReferenceEngine:
                 warm_up(server, warm_up_request())
             return server
 
-        self._thread = EngineThread(start, capacity=settings.slots + settings.queue, timeout_s=settings.timeout_s)
+        self._thread = EngineThread(start, settings)
 
     def submit(self, request: EngineRequest) -> QueuedGeneration:
         """Queue a request. Raises PromptTooLong, QueueFull, EngineClosed."""
-        if len(request.token_ids) > self.context - 1:
-            raise PromptTooLong(f"the prompt has {len(request.token_ids):,} tokens, at most {self.context - 1:,} fit")
         return self._thread.submit(request)
 
     @property

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gemma_opt import charts
+from gemma_opt.calibration import Sample
+from gemma_opt.calibration.walk import model_inputs
 from gemma_opt.errors import UsageError
-from gemma_opt.gemma import weights_device
 from gemma_opt.loading import Ready
 from gemma_opt.onednn import with_onednn
 from gemma_opt.prompt import PromptEncoder, single_turn
@@ -72,13 +73,8 @@ def answer_passages(ready: Ready, pictures: int, seed: int) -> Iterator[Passage]
 @with_onednn
 def prediction_logits(ready: Ready, passage: Passage) -> Tensor:
     """Logits [predicted, vocabulary] for the predicted tokens of a passage."""
-    model = ready.model
-    ids = torch.tensor([passage.token_ids], device=weights_device(model))
-    inputs: dict[str, Tensor] = {}
-    if passage.images:
-        inputs["pixel_values"] = torch.stack(passage.images).to(ids.device, model.dtype)
-        inputs["token_type_ids"] = (ids == model.config.image_token_id).long()
-    return model(ids, logits_to_keep=passage.predicted + 1, **inputs).logits[0, :-1]
+    sample = Sample(torch.tensor([passage.token_ids]), torch.stack(passage.images) if passage.images else None)
+    return ready.model(**model_inputs(ready.model, sample), logits_to_keep=passage.predicted + 1).logits[0, :-1]
 
 
 def perplexity(ready: Ready, passages: Iterable[Passage]) -> float:

@@ -41,7 +41,7 @@ constexpr int64_t kPanelRows = 64;          // from which on packing pays
 constexpr int64_t kRowGroup = 64;           // rows of activations a thread takes at a time where there are many
 constexpr int64_t kBytes = 64;              // in one vector
 constexpr int64_t kPairBlock = 32;          // columns whose even and odd members are separated for int4
-constexpr int64_t kNarrow = simd::kAccumulators < 16 ? 0 : 1024;  // columns of which 8 rows fit into the nearest cache
+constexpr int64_t kNearColumns = simd::kAccumulators < 16 ? 0 : 1024;  // columns of which 8 rows fit into the nearest cache
 constexpr int kSpins = 300;  // some microseconds; then the core is offered to whoever else wants it
 
 // The C interface: gemma_opt/engine/kernels/cpu.py mirrors these structures field by field.
@@ -231,9 +231,13 @@ inline void dots_int4(const Matrix& m, int64_t first, const float* x, int64_t ah
 
 // Products of 64 neighbours, of which `left` are there.
 template <int R, int O>
-inline void add_int8(const int8_t* w, int64_t row, const float* x, int64_t stride, int64_t k, int64_t left, Ints (&sums)[R][O]) {
+inline void add_int8(const int8_t* w, int64_t row, const float* x, int64_t stride, int64_t k, int64_t left,
+                     Ints (&sums)[R][O]) {
   Bytes weights[O];
-  for (int o = 0; o < O; ++o) weights[o] = left == kBytes ? simd::load_bytes(w + o * row + k) : simd::load_bytes(w + o * row + k, left);
+  for (int o = 0; o < O; ++o) {
+    const int8_t* from = w + o * row + k;
+    weights[o] = left == kBytes ? simd::load_bytes(from) : simd::load_bytes(from, left);
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const Bytes inputs = simd::load_bytes(reinterpret_cast<const int8_t*>(x + r * stride) + k);
@@ -347,7 +351,7 @@ void strip(const Matrix& m, int64_t first, int64_t last, const float* x, float* 
 }
 
 // Columns of which 8 rows of activations fit into the nearest cache.
-int64_t narrow(const Matrix& m) { return Shape::integer(m) ? 4 * kNarrow : kNarrow; }
+int64_t near_columns(const Matrix& m) { return Shape::integer(m) ? 4 * kNearColumns : kNearColumns; }
 
 // y[r][o] = weights[o] · x[r] for output rows [first, last). x: rows, prepared; y: row stride `stride`.
 void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int64_t rows, float* y, int64_t stride) {
@@ -360,7 +364,7 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const float* x, int6
       float* to = y + r * stride;
       const int64_t fetched = r ? 0 : ahead;
       const int64_t left = rows - r;
-      if (left >= 8 && m.in <= narrow(m)) {
+      if (left >= 8 && m.in <= near_columns(m)) {
         strip<8, std::max(1, simd::kAccumulators / 8)>(m, o, end, from, to, stride, fetched), r += 8;
       } else if (left >= 4) {
         strip<4, simd::kAccumulators / 4>(m, o, end, from, to, stride, fetched), r += 4;
@@ -383,7 +387,7 @@ int64_t grain_of(const Matrix& m, int64_t width, int64_t threads) {
 
 // int8 weights of some outputs in the order that many rows of int8 inputs meet them: four neighbours of each of sixteen
 // outputs in a vector, so that lanes need not be added up at the end. Zeros where the matrix ends.
-int64_t panel_bytes(const Matrix& m) { return kPanel * (m.in + 3) / 4 * 4; }
+int64_t panel_bytes(const Matrix& m) { return kPanel * ((m.in + 3) / 4 * 4); }
 
 void pack_panel(const Matrix& m, int64_t first, int8_t* panel) {
   std::fill_n(panel, panel_bytes(m), int8_t{0});
@@ -426,7 +430,8 @@ void multiply_panel(const Matrix& m, int64_t first, const int8_t* panel, const f
       simd::store(whole, simd::floats(sums[r][0]));
       simd::store(whole + kLanes, simd::floats(sums[r][1]));
       const float input_scale = x[(r + 1) * shape.stride() - kLanes];
-      for (int64_t i = 0; i < std::min(2 * kLanes, outputs - o); ++i) y[r * m.out + first + o + i] = whole[i] * scale[i] * input_scale;
+      float* to = y + r * m.out + first + o;
+      for (int64_t i = 0; i < std::min(2 * kLanes, outputs - o); ++i) to[i] = whole[i] * scale[i] * input_scale;
     }
   }
 }
@@ -965,7 +970,7 @@ int64_t gemma_max_rows() { return kMaxRows; }
 void gemma_multiply(const Matrix* m, const float* x, int64_t rows, float* y, int64_t threads) {
   // A panel of weights stays in the second cache while blocks of rows, which stay in the first, pass by.
   const int64_t grain = rows > kMaxRows ? rows_of(*m, kPanelBytes) : grain_of(*m, m->out, threads);
-  const int64_t block = m->in <= narrow(*m) ? 8 : 4;
+  const int64_t block = m->in <= near_columns(*m) ? 8 : 4;
   const int64_t stride = Shape(*m).stride();
   std::unique_ptr<Buffer> prepared;
   if (Shape::changed(*m)) prepared = std::make_unique<Buffer>(rows * stride);
@@ -989,10 +994,12 @@ void gemma_multiply(const Matrix* m, const float* x, int64_t rows, float* y, int
       }
     } else {
 #pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t first = 0; first < m->out; first += grain)
-      for (int64_t group = 0; group < rows; group += kRowGroup)
-        for (int64_t r = group; r < std::min(group + kRowGroup, rows); r += block)
-          multiply(*m, first, std::min(first + grain, m->out), inputs + r * stride, std::min(block, rows - r), y + r * m->out, m->out);
+      for (int64_t first = 0; first < m->out; first += grain)
+        for (int64_t group = 0; group < rows; group += kRowGroup)
+          for (int64_t r = group; r < std::min(group + kRowGroup, rows); r += block) {
+            const int64_t last = std::min(first + grain, m->out), count = std::min(block, rows - r);
+            multiply(*m, first, last, inputs + r * stride, count, y + r * m->out, m->out);
+          }
     }
   }
 }

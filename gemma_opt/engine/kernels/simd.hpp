@@ -1,4 +1,5 @@
-// Sixteen floats or sixty-four bytes at a time, three ways: AVX-512, AVX2 with FMA, or plain loops that any C++ compiler can vectorise.
+// Sixteen floats or sixty-four bytes at a time, three ways: AVX-512, AVX2 with FMA, or plain loops that any C++ compiler can
+// vectorise.
 // Every operation rounds lane by lane alike on all three; only sums over lanes may be added in another order.
 #pragma once
 

@@ -184,7 +184,7 @@ def test_requests_that_cannot_be_served_are_refused(
 
 
 def test_the_bundled_model_sees(service: Service) -> None:
-    """A short form of `evaluate --charts 500`: the full count is in benchmarks/results/charts.json."""
+    """A short form of `evaluate --charts 500`: benchmarks/results/small_model.json has 200 questions."""
     seen = run_quiz(service, 90, seed=3)
     blind = run_quiz(service, 90, seed=3, blank=True)
     assert seen.accuracy >= 0.9

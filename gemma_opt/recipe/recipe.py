@@ -48,8 +48,12 @@ class Recipe(Section):
         needing += sorted({str(stored) for stored in self.quantization.formats().values() if stored.needs_data})
         if needing and self.calibration is None:
             raise ValueError(f"{', '.join(needing)} need data: add a section `calibration: {{source: [text.txt]}}`")
+        return self
+
+    @model_validator(mode="after")
+    def _compact_comes_first(self) -> Recipe:
         methods = [stage.method for stage in self.sparsity]
-        if "compact" in methods[1:] and set(methods[: len(methods) - methods[::-1].index("compact")]) != {"compact"}:
+        if methods != sorted(methods, key=lambda method: method != "compact"):
             raise ValueError("sparsity: compact refits whole columns and would revive earlier zeros: put it first")
         return self
 

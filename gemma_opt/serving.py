@@ -12,11 +12,20 @@ import os
 import sys
 from pathlib import Path
 
+from gemma_opt.errors import UsageError
+from gemma_opt.staging import storage_errors
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def exec_server(host: str, port: int, predictor: str) -> None:
-    """Become the server; does not return. predictor: FILE:CLASS, relative to the checkout."""
+    """Become the server; does not return. predictor: FILE:CLASS, relative to the checkout.
+
+    Raises UsageError where these files are not there, as in an installed package, and StorageError.
+    """
+    missing = [name for name in (predictor.partition(":")[0], "openapi.json") if not (ROOT / name).is_file()]
+    if missing:
+        raise UsageError(f"there is no {' and no '.join(missing)} in {ROOT}: `serve` needs the repository's folder")
     environment = server_environment(port, predictor)
     os.chdir(ROOT)
     _install_schema()
@@ -27,10 +36,11 @@ def exec_server(host: str, port: int, predictor: str) -> None:
 def _install_schema() -> None:
     """Copy openapi.json to where the server looks. Without it there is no input check and no streaming."""
     folder = ROOT / ".cog"
-    folder.mkdir(exist_ok=True)
-    fresh = folder / f"openapi_schema.{os.getpid()}.json"
-    fresh.write_bytes((ROOT / "openapi.json").read_bytes())
-    fresh.replace(folder / "openapi_schema.json")  # a server that starts beside us never reads half a file
+    with storage_errors(folder):
+        folder.mkdir(exist_ok=True)
+        fresh = folder / f"openapi_schema.{os.getpid()}.json"
+        fresh.write_bytes((ROOT / "openapi.json").read_bytes())
+        fresh.replace(folder / "openapi_schema.json")  # a server that starts beside us never reads half a file
 
 
 def server_environment(port: int, predictor: str) -> dict[str, str]:
@@ -50,8 +60,7 @@ def server_environment(port: int, predictor: str) -> dict[str, str]:
 def _max_concurrency(predictor: str) -> int:
     """The number in `@cog.concurrent(max=…)` on a predictor's predict, read without importing it, as `cog build` reads it."""
     file, _, class_name = predictor.partition(":")
-    path = ROOT / file
-    tree = ast.parse(path.read_text("utf-8")) if path.is_file() else ast.Module([], [])
+    tree = ast.parse((ROOT / file).read_text("utf-8"))
     return next(
         (
             keyword.value.value

@@ -209,6 +209,8 @@ def test_evaluate_with_a_reference(built: Path) -> None:
         (("plan", "small-int8", "--model", "gemma-9"), 2, "error: E2000 gemma-9 is neither"),
         (("report", "small-int8", "small-int8", "--out", "{tmp}/x"), 2, "error: E2000 every recipe"),
         (("predict", "no/such/model", "-i", "prompt=x"), 2, "error: E2002"),
+        (("serve", "--predictor", "none.py:Predictor"), 2, "error: E2000 there is no none.py in "),
+        (("report", "small-int8", "--charts", "1", "--new-tokens", "4000", "--out", "{tmp}/x"), 2, "error: E2000 64 tokens in"),
     ],
 )
 def test_errors_are_one_line_with_a_code(arguments: tuple[str, ...], code: int, start: str, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import io
 import struct
 import threading
 import time
+import weakref
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from urllib.parse import unquote
 
 from PIL import Image, ImageOps
@@ -83,21 +84,31 @@ def decode_image(
     reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
     if reader is None:
         raise ImageError(f"not a picture: {FORMATS} is needed")
-    with _turn_to_decode(while_waiting):
-        return _decode(reader, data, timeout_s)
-
-
-_decoding = threading.BoundedSemaphore(DECODED_AT_ONCE)
-
-
-@contextlib.contextmanager
-def _turn_to_decode(while_waiting: Callable[[], None]) -> Generator[None]:
-    while not _decoding.acquire(timeout=POLL_S):
-        while_waiting()
+    turn = _await_turn(while_waiting)
     try:
-        yield
+        return _decode(reader, data, timeout_s)
     finally:
-        _decoding.release()
+        with _turns_changed:
+            _turns.discard(turn)
+            _turns_changed.notify()
+
+
+class _Turn:
+    """A picture's turn to be decoded. It ends with the object at the latest: a cancel may strike between any two lines."""
+
+
+_turns = weakref.WeakSet[_Turn]()
+_turns_changed = threading.Condition()
+
+
+def _await_turn(while_waiting: Callable[[], None]) -> _Turn:
+    turn = _Turn()
+    while True:
+        with _turns_changed:
+            if _turns_changed.wait_for(lambda: len(_turns) < DECODED_AT_ONCE, POLL_S):
+                _turns.add(turn)
+                return turn
+        while_waiting()
 
 
 def _decode(reader: type[ImageFile], data: bytes, timeout_s: float) -> Image.Image:

@@ -10,22 +10,26 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Address, ip_address
+from itertools import count, takewhile
 from pathlib import Path
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 
 import pytest
 from PIL import Image, ImageOps
 
+from gemma_opt import images
 from gemma_opt.errors import ImageError, ImageFetchError
 from gemma_opt.fetching import FETCH_FAILED, MAX_BYTES, FetchPolicy, IPAddress, is_public
 from gemma_opt.images import decode_image, load_image
 
+TraceFunction = Callable[[FrameType, str, object], object]
 Page = Callable[[BaseHTTPRequestHandler], None]
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -585,6 +589,42 @@ def test_an_exception_raised_in_the_waiting_thread_arrives_at_once(site: Site) -
     assert kind is Cancelled
     assert ended_at - cancelled_at < 0.5
     wait_until(lambda: fetch_threads() == 0, timeout_s=1.0)  # its next read finds the clock stopped
+
+
+def test_a_cancel_between_any_two_lines_loses_no_turn_to_decode() -> None:
+    """The story: a semaphore's release was lost that way, and after two of them every picture waited for ever."""
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancelled_at(line: int) -> bool:
+        """Decode with a cancel at the n-th line of the module; False: there are fewer."""
+        left = line
+
+        def trace(frame: FrameType, event: str, _: object) -> TraceFunction | None:
+            nonlocal left
+            if frame.f_code.co_filename != images.__file__:
+                return None
+            left -= event == "line"
+            if not left:
+                raise Cancelled
+            return trace
+
+        sys.settrace(trace)
+        try:
+            decode_image(encoded(picture()))
+        except Cancelled:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    def fail() -> None:
+        raise AssertionError("nobody decodes any more")
+
+    struck = sum(1 for _ in takewhile(cancelled_at, count(1)))
+    assert struck > 20
+    assert len([images._await_turn(fail) for _ in range(images.DECODED_AT_ONCE)]) == 2
 
 
 # The default policy

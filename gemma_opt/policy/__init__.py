@@ -7,10 +7,9 @@ it.
 from gemma_opt.policy.counts import dropped_count, kept_channels, kept_rank, pool_size, saves
 from gemma_opt.policy.planning import plan, plan_stages, refuse_context
 from gemma_opt.policy.roles import Role, main_parameter, role_of
-from gemma_opt.policy.rows import Kind, Plan, PlanRow, Progress, factor_rows, planned_weights, quiet
+from gemma_opt.policy.rows import Plan, PlanRow, Progress, factor_rows, planned_weights, quiet
 
 __all__ = [
-    "Kind",
     "Plan",
     "PlanRow",
     "Progress",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +63,13 @@ class Kernels:
 
 def arrangement(device: torch.device) -> Arrange:
     """The order in which this device's kernels read packed linears, for `take_weights`."""
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
-        from gemma_opt.engine.kernels.triton_matrices import arrange
+    from gemma_opt.engine.kernels.gpu import why_not
 
-        return arrange
-    return as_they_are
+    if why_not(device):
+        return as_they_are
+    from gemma_opt.engine.kernels.triton_matrices import arrange
+
+    return arrange
 
 
 def find_kernels(weights: TextWeights, cache: KvCache, rope: RopeTables, compile_cache: Path | None = None) -> Kernels | None:

@@ -30,6 +30,17 @@ log = logging.getLogger(__name__)
 OLDEST = (8, 0)  # compute capability: the first with bfloat16 on its matrix units
 
 
+def why_not(device: torch.device) -> str | None:
+    """Why these kernels do not run on a device; None where they do."""
+    if device.type != "cuda":
+        return "there is no GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return "the kernels need a GPU of compute capability 8.0"
+    return None
+
+
 def find_gpu_kernels(
     weights: TextWeights, cache: KvCache, rope: RopeTables, compile_cache: Path | None
 ) -> tuple[TritonDecode, TritonLinear, TritonPrefill] | None:
@@ -38,11 +49,8 @@ def find_gpu_kernels(
     compile_cache: holds the blocks that `tune` measured for this device, and the kernels compiled for it; without them a
     rule decides about blocks, and the first steps compile.
     """
-    if importlib.util.find_spec("triton") is None:
-        log.warning("decoding with torch operations, slowly: Triton is not installed")
-        return None
-    if torch.cuda.get_device_capability(weights.device) < OLDEST:
-        log.warning("decoding with torch operations, slowly: the kernels need a GPU of compute capability 8.0")
+    if reason := why_not(weights.device):
+        log.warning("decoding with torch operations, slowly: %s", reason)
         return None
     from gemma_opt.engine.kernels.triton_compiled import install_compiled
     from gemma_opt.engine.kernels.triton_decode import TritonDecode
@@ -72,8 +80,7 @@ def attend_without_plans(query: Tensor, keys: Tensor, values: Tensor, visible: V
 def find_samplers(batch: Batch) -> dict[Level, Sampler]:
     """What draws the tokens of each level on the batch's device: two kernels below `Level.ALL`, else torch operations."""
     samplers: dict[Level, Sampler] = {level: partial(batch.advance, level=level) for level in Level}
-    device = batch.tokens.device
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < OLDEST:
+    if why_not(batch.tokens.device):
         return samplers
     from gemma_opt.engine.kernels.triton_sampling import TritonSampler
 
@@ -95,9 +102,9 @@ def keeping_compiled(compile_cache: Path) -> Generator[list[dict[str, str]]]:
 def tune(weights: TextWeights, compile_cache: Path) -> None:
     """Measure the best blocks for every kind of matrix of these weights and write them down for this GPU; about a minute.
 
-    Nothing happens on a CPU or without Triton.
+    Nothing happens where they do not run.
     """
-    if weights.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if why_not(weights.device):
         return
     from gemma_opt.engine.kernels.triton_matrices import uses_of
     from gemma_opt.engine.kernels.triton_tuning import Tuning

@@ -39,7 +39,7 @@ def main() -> None:
     """Generate, one prompt at a time, and write the file."""
     with tempfile.TemporaryDirectory() as folder:
         file = gguf_package.assemble(Path(folder) / "gemma-3-270m.gguf")
-        digest, ready = sha256_of(file), open_model(resolve(str(file)), "cpu")
+        digest, ready = sha256_of(file), open_model(resolve(str(file), "cpu"), "cpu")
     tokenizer = ready.processing.tokenizer
     prompts = [[2, *tokenizer.encode(text, add_special_tokens=False)] for text in PROMPTS]
     prompts.append([2, *tokenizer.encode(builtin_text(), add_special_tokens=False)[: PAST_THE_WINDOW - 1]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -92,6 +94,19 @@ def test_a_folder_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
     assert (theirs / "file").read_text() == "half"
     assert (tmp_path / "out" / "file").read_text() == "whole"
     stop(process, signal.SIGTERM)
+
+
+def test_where_locks_are_unknown_what_is_in_doubt_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, which locks no folders."""
+
+    def unknown(_: int, __: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    doubtful = folder_with(tmp_path / ".out.0123abcd.partial", "half")
+    with staging(tmp_path / "out", 0) as folder:
+        (folder / "file").write_text("whole")
+    assert sorted(tmp_path.iterdir()) == [doubtful, tmp_path / "out"]
 
 
 def test_sigterm_ends_a_writer_without_a_trace(tmp_path: Path) -> None:

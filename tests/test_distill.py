@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
-from models import fresh_model, processing, shared_model
+from models import BUNDLED, fresh_model, processing, shared_model
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Gemma3ForCausalLM
@@ -468,6 +469,7 @@ def test_data_is_read_at_build_time_only() -> None:
 
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     processing().save(tmp_path)
+    shutil.copy(BUNDLED / "config.json", tmp_path)
     files = gemma.BaseFiles("other", tmp_path)
     gemma.refuse_other_tokenizer(files, processing())
     tree = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))

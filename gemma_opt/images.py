@@ -13,12 +13,11 @@ import base64
 import contextlib
 import io
 import struct
-import threading
 import time
-import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from urllib.parse import unquote
+from weakref import WeakSet
 
 from PIL import Image, ImageOps
 from PIL.GifImagePlugin import GifImageFile
@@ -28,13 +27,14 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from gemma_opt.errors import ImageError
-from gemma_opt.fetching import MAX_BYTES, POLL_S, STRICT, TOO_LARGE, FetchPolicy, fetch
+from gemma_opt.fetching import MAX_BYTES, STRICT, TOO_LARGE, FetchPolicy, fetch
 
 MIN_SIDE, MAX_SIDE = 8, 8192
 MAX_PIXELS = 40_000_000  # 160 MB decoded; above any phone's usual picture
 MAX_ASPECT = 50  # beyond it the model's square input shows nothing
 DECODE_TIMEOUT_S = 10.0
 DECODED_AT_ONCE = 2  # by all requests together: a picture takes up to 160 MB, and two to three times that while it is converted
+TURN_POLL_S = 0.005  # a small picture is decoded in about that time
 SOURCES = "a data URI (data:image/png;base64,…) or an http(s) URL"
 FORMATS = "PNG, JPEG, WEBP or GIF"
 LIMITS = f"sides of {MIN_SIDE} to {MAX_SIDE} pixels, {MAX_PIXELS // 10**6} megapixels, an aspect ratio of {MAX_ASPECT}"
@@ -84,31 +84,30 @@ def decode_image(
     reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
     if reader is None:
         raise ImageError(f"not a picture: {FORMATS} is needed")
-    turn = _await_turn(while_waiting)
-    try:
+    with _turn_to_decode(while_waiting):
         return _decode(reader, data, timeout_s)
-    finally:
-        with _turns_changed:
-            _turns.discard(turn)
-            _turns_changed.notify()
 
 
 class _Turn:
-    """A picture's turn to be decoded. It ends with the object at the latest: a cancel may strike between any two lines."""
+    """Someone's turn to decode. It counts while anyone keeps it."""
 
 
-_turns = weakref.WeakSet[_Turn]()
-_turns_changed = threading.Condition()
+_turns: WeakSet[_Turn] = WeakSet()  # no semaphore: a cancel may strike between any two lines, and a lost release stays lost
 
 
-def _await_turn(while_waiting: Callable[[], None]) -> _Turn:
+@contextlib.contextmanager
+def _turn_to_decode(while_waiting: Callable[[], None]) -> Generator[None]:
     turn = _Turn()
-    while True:
-        with _turns_changed:
-            if _turns_changed.wait_for(lambda: len(_turns) < DECODED_AT_ONCE, POLL_S):
-                _turns.add(turn)
-                return turn
+    _turns.add(turn)
+    while len(_turns) > DECODED_AT_ONCE:
+        _turns.discard(turn)
+        time.sleep(TURN_POLL_S)
         while_waiting()
+        _turns.add(turn)
+    try:
+        yield
+    finally:
+        _turns.discard(turn)
 
 
 def _decode(reader: type[ImageFile], data: bytes, timeout_s: float) -> Image.Image:

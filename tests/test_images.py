@@ -1,6 +1,7 @@
 """Real pictures in every form, and real servers on 127.0.0.1 behind a policy that allows them."""
 
 import base64
+import contextlib
 import ctypes
 import io
 import logging
@@ -27,7 +28,12 @@ from PIL import Image, ImageOps
 from gemma_opt import images
 from gemma_opt.errors import ImageError, ImageFetchError
 from gemma_opt.fetching import FETCH_FAILED, MAX_BYTES, FetchPolicy, IPAddress, is_public
-from gemma_opt.images import decode_image, load_image
+from gemma_opt.images import (
+    DECODED_AT_ONCE,
+    _turn_to_decode,  # pyright: ignore[reportPrivateUsage]
+    decode_image,
+    load_image,
+)
 
 TraceFunction = Callable[[FrameType, str, object], object]
 Page = Callable[[BaseHTTPRequestHandler], None]
@@ -221,6 +227,39 @@ def test_a_jpeg_that_would_take_an_hour_ends_with_the_clock() -> None:
 
 
 # Sources
+
+
+def test_a_cancel_between_any_two_lines_loses_no_turn_to_decode() -> None:
+    """The story: Cog's cancel struck just behind a semaphore's acquire; twice, and no picture was ever decoded again."""
+
+    class Cancel(BaseException):
+        pass
+
+    def someone_waits() -> None:
+        raise Cancel
+
+    for line in range(40):
+        lines = iter(range(line))
+
+        def strike(frame: FrameType, event: str, _: object, left: Iterator[int] = lines) -> TraceFunction | None:
+            if frame.f_code.co_filename != images.__file__:
+                return None
+            if event == "line" and next(left, None) is None:
+                raise Cancel
+            return strike
+
+        with contextlib.suppress(Cancel):
+            sys.settrace(strike)
+            try:
+                with _turn_to_decode(someone_waits):
+                    pass
+            finally:
+                sys.settrace(None)
+    with contextlib.ExitStack() as turns:
+        for _ in range(DECODED_AT_ONCE):
+            turns.enter_context(_turn_to_decode(someone_waits))
+        with pytest.raises(Cancel):
+            turns.enter_context(_turn_to_decode(someone_waits))
 
 
 @pytest.mark.parametrize("head", ["data:image/png", "data:", "DATA:image/jpeg", "data:text/plain;charset=utf-8", "  data:x"])

@@ -171,6 +171,13 @@ def test_a_cancelled_request_that_still_waits_never_runs(engine: AnyEngine) -> N
 # Queue, limits, failures
 
 
+def test_who_lets_go_of_a_generation_cancels_it(engine: AnyEngine) -> None:
+    """The story: Cog's cancel struck before the prediction had what it had submitted, and its slot worked on for nobody."""
+    for _ in range(20):
+        engine.submit(exactly("text", 400))
+    assert list(engine.submit(exactly("text"))) == expected("text")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_wait_in_order_and_past_the_queue_they_are_refused(kind: str) -> None:
     engine = engine_of(kind, queue=2)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
 from gemma_opt.engine.interface import EngineRequest
-from gemma_opt.engine.queueing import EngineThread, QueuedGeneration, warm_up
+from gemma_opt.engine.queueing import EngineThread, HeldGeneration, warm_up
 from gemma_opt.engine.runner import Counters, Runner
 from gemma_opt.gemma import GemmaModel
 from gemma_opt.recipe import Compile, EngineSection
@@ -50,7 +50,7 @@ class FastEngine:
 
         self._thread = EngineThread(start, settings)
 
-    def submit(self, request: EngineRequest) -> QueuedGeneration:
+    def submit(self, request: EngineRequest) -> HeldGeneration:
         """Queue a request. Raises PromptTooLong, QueueFull, EngineClosed."""
         _ = request.image_keys  # hashed here, on the caller's thread, and kept by the request
         return self._thread.submit(request)

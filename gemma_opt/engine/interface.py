@@ -106,7 +106,7 @@ class Finished:
 
 
 class Generation(Protocol):
-    """One running request; safe to use from any thread."""
+    """One running request; safe to use from any thread. Who lets go of it cancels it."""
 
     def __iter__(self) -> Iterator[int]:
         """Token ids as they come. Raises what ended the generation early, if anything did."""

@@ -25,7 +25,7 @@ POLL_S = 0.05  # Cog delivers a cancel at the next bytecode: no wait may block l
 
 
 class QueuedGeneration:
-    """A request on its way: the engine thread pushes token ids in, any thread reads them out.
+    """A request on its way, as the engine thread sees it: it pushes token ids in, and a `HeldGeneration` reads them out.
 
     timeout_s: from now on, waiting included. on_end: told once that no token follows.
     """
@@ -34,83 +34,47 @@ class QueuedGeneration:
         self, request: EngineRequest, timeout_s: float, on_end: Callable[[QueuedGeneration], None] | None = None
     ) -> None:
         self.request = request
+        self.cancelled = False
+        self.outbox: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self.ended = threading.Event()
+        self.error: GemmaOptError | None = None
         self._timeout_s = timeout_s
         self._on_end = on_end
-        self.cancelled = threading.Event()
         self._submitted = time.monotonic()
         self._first: float | None = None
         self._last = self._submitted
         self._count = 0
-        self._outbox: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._ended = threading.Event()
-        self._error: GemmaOptError | None = None
         self._reason: FinishReason = "cancelled"
-
-    # The engine thread's side
 
     def push(self, token_id: int) -> None:
         """Hand out one token."""
         self._last = time.monotonic()
         self._first = self._first or self._last
         self._count += 1
-        self._outbox.put(token_id)
+        self.outbox.put(token_id)
 
     def end(self, reason: FinishReason = "cancelled", error: GemmaOptError | None = None) -> None:
         """No token follows. With `error`, the reader's iterator raises it."""
-        self._reason, self._error = reason, error
-        self._ended.set()
-        self._outbox.put(None)
+        self._reason, self.error = reason, error
+        self.ended.set()
+        self.outbox.put(None)
         if self._on_end:
             self._on_end(self)
 
     @property
     def must_stop(self) -> bool:
         """Cancelled, or out of time: `end_early` is due."""
-        return self.cancelled.is_set() or time.monotonic() > self._submitted + self._timeout_s
+        return self.cancelled or time.monotonic() > self._submitted + self._timeout_s
 
     def end_early(self) -> None:
         """End what `must_stop`: quietly if the caller cancelled, else with GenerationTimeout."""
-        timed_out = not self.cancelled.is_set()
+        timed_out = not self.cancelled
         self.end("cancelled", GenerationTimeout(f"no complete reply within {self._timeout_s:g} s") if timed_out else None)
-
-    # The caller's side
-
-    def __iter__(self) -> Iterator[int]:
-        while True:
-            try:
-                token_id = self._outbox.get(timeout=POLL_S)
-            except queue.Empty:
-                continue
-            if token_id is None:
-                self._outbox.put(None)  # a second iteration ends at once too
-                if self._error:
-                    raise self._error
-                return
-            yield token_id
-
-    def poll(self) -> list[int]:
-        """The token ids that are ready now."""
-        ready: list[int] = []
-        while not self._outbox.empty():
-            token_id = self._outbox.get()
-            if token_id is None:
-                self._outbox.put(None)
-                break
-            ready.append(token_id)
-        return ready
-
-    def rest(self, seconds: float) -> None:
-        """Let tokens gather: return after that time, or as soon as no further one follows."""
-        self._ended.wait(seconds)
-
-    def cancel(self) -> None:
-        """Stop as soon as possible."""
-        self.cancelled.set()
 
     @property
     def finished(self) -> Finished:
         """The summary, once the generation has ended."""
-        if not self._ended.is_set():
+        if not self.ended.is_set():
             raise RuntimeError("the generation has not ended yet")
         first = self._first
         return Finished(
@@ -120,6 +84,58 @@ class QueuedGeneration:
             time_to_first_token_s=None if first is None else first - self._submitted,
             decode_s=0.0 if first is None else self._last - first,
         )
+
+
+class HeldGeneration:
+    """The same as its caller sees it, from any thread. Who lets go of it cancels it.
+
+    Cog raises a cancel between any two lines of a prediction, also before the prediction has got what it submitted.
+    """
+
+    def __init__(self, generation: QueuedGeneration) -> None:
+        self._generation = generation
+
+    def __del__(self) -> None:
+        self.cancel()
+
+    def __iter__(self) -> Iterator[int]:
+        outbox = self._generation.outbox
+        while True:
+            try:
+                token_id = outbox.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if token_id is None:
+                outbox.put(None)  # a second iteration ends at once too
+                if self._generation.error:
+                    raise self._generation.error
+                return
+            yield token_id
+
+    def poll(self) -> list[int]:
+        """The token ids that are ready now."""
+        outbox = self._generation.outbox
+        ready: list[int] = []
+        while not outbox.empty():
+            token_id = outbox.get()
+            if token_id is None:
+                outbox.put(None)
+                break
+            ready.append(token_id)
+        return ready
+
+    def rest(self, seconds: float) -> None:
+        """Let tokens gather: return after that time, or as soon as no further one follows."""
+        self._generation.ended.wait(seconds)
+
+    def cancel(self) -> None:
+        """Stop as soon as possible."""
+        self._generation.cancelled = True
+
+    @property
+    def finished(self) -> Finished:
+        """The summary, once the generation has ended."""
+        return self._generation.finished
 
 
 class Worker(Protocol):
@@ -140,7 +156,7 @@ def warm_up(worker: Worker, request: EngineRequest) -> None:
     worker.add(generation)
     while worker.turn():
         pass
-    for _ in generation:
+    for _ in HeldGeneration(generation):
         pass
 
 
@@ -173,26 +189,27 @@ class EngineThread:
         """Whether requests are still served."""
         return self._thread.is_alive() and not self._closed
 
-    def submit(self, request: EngineRequest) -> QueuedGeneration:
+    def submit(self, request: EngineRequest) -> HeldGeneration:
         """Queue a request. Raises PromptTooLong, QueueFull or EngineClosed."""
         if len(request.token_ids) > self._context - 1:
             raise PromptTooLong(f"the prompt has {len(request.token_ids):,} tokens, at most {self._context - 1:,} fit")
         generation = QueuedGeneration(request, self._timeout_s, self._forget)
+        held = HeldGeneration(generation)  # before it is queued: a cancel from here on lets go of it
         with self._lock:
             if self._closed:
                 raise EngineClosed("the engine has stopped; the server must be restarted")
-            if sum(not entry.cancelled.is_set() for entry in self._open) >= self._capacity:
+            if sum(not entry.cancelled for entry in self._open) >= self._capacity:
                 raise QueueFull(f"{self._capacity} requests are running or waiting; try again later")
             self._open.add(generation)
             self._inbox.put(generation)
-        return generation
+        return held
 
     def close(self) -> None:
         """Cancel everything and join the thread."""
         with self._lock:
             self._closed = True
             for generation in self._open:
-                generation.cancel()
+                generation.cancelled = True
         self._inbox.put(None)
         self._thread.join()
 
@@ -234,4 +251,4 @@ class EngineThread:
             self._closed = True
             left = list(self._open)
         for generation in left:
-            generation.end(error=None if generation.cancelled.is_set() else error)
+            generation.end(error=None if generation.cancelled else error)

@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from gemma_opt.engine.batch import Batch
 from gemma_opt.engine.compilation import CompileReport, SelectiveCompiler
 from gemma_opt.engine.interface import EngineRequest, FinishReason
-from gemma_opt.engine.queueing import OUT_OF_MEMORY, EngineThread, QueuedGeneration, warm_up
+from gemma_opt.engine.queueing import OUT_OF_MEMORY, EngineThread, HeldGeneration, QueuedGeneration, warm_up
 from gemma_opt.errors import CompileError, EngineError
 from gemma_opt.gemma import GemmaModel, stop_token_ids, weights_device
 from gemma_opt.recipe import Compile, EngineSection
@@ -50,7 +50,7 @@ class ReferenceEngine:
 
         self._thread = EngineThread(start, settings)
 
-    def submit(self, request: EngineRequest) -> QueuedGeneration:
+    def submit(self, request: EngineRequest) -> HeldGeneration:
         """Queue a request. Raises PromptTooLong, QueueFull, EngineClosed."""
         return self._thread.submit(request)
 

@@ -259,11 +259,12 @@ def _is_weights(name: str) -> bool:
 
 
 def _read_tensors(shards: list[Path], device: torch.device) -> dict[str, Tensor]:
-    """All tensors of these files, as stored."""
+    """All tensors of these files, as stored. On the CPU copies: what is mapped changes with its file, or ends the process."""
     tensors: dict[str, Tensor] = {}
     for file in shards:
         try:
-            tensors |= load_file(file, device=str(device))
+            read = load_file(file, device=str(device))
+            tensors |= {name: tensor.clone() for name, tensor in read.items()} if device.type == "cpu" else read
         except SafetensorError as error:
             raise CorruptCheckpoint(f"{file} cannot be read: {error}") from None
     return tensors

@@ -201,6 +201,16 @@ def add_compiled_code(folder: Path) -> None:
     (folder / "compile_cache" / "triton" / "code.cubin").write_bytes(b"x")
 
 
+def test_a_loaded_model_stays_what_it_was_when_its_files_change(copy: Path) -> None:
+    """The story: `cp` over a folder that was being served changed its answers, and a shortened file ended the server."""
+    model = checkpoint.load(copy, CPU).model
+    before = logits_of(model)
+    shard = copy / "model-00001-of-00001.safetensors"
+    with shard.open("r+b") as file:
+        file.write(bytes(shard.stat().st_size))
+    assert torch.equal(logits_of(model), before)
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [

@@ -72,7 +72,7 @@ def _picture(path: str) -> str:
 def _messages(text: str) -> object:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
         raise ParameterError(f"messages are not JSON: {error}") from None
 
 

@@ -199,6 +199,8 @@ def test_evaluate_with_a_reference(built: Path) -> None:
         (("predict", "-i", "prompt=x", "-i", "image=@README.md"), 2, "error: E1010"),
         (("predict", "-i", "prompt=@/nowhere"), 2, "error: E1005 prompt: /nowhere cannot be read: No such file"),
         (("predict", "-i", "messages=@/nowhere"), 2, "error: E1005 messages: /nowhere cannot be read"),
+        (("predict", "-i", "messages=" + "[" * 5000), 2, "error: E1005 messages are not JSON"),
+        (("predict", "-i", "messages=" + "1" * 5000), 2, "error: E1005 messages are not JSON"),
         (("predict", "-i", "prompt=@examples/chart.png"), 2, "error: E1005 prompt: examples/chart.png is not UTF-8 text"),
         (("predict", "-i", "prompt=x", "-i", "seed=-1"), 2, "error: E1005 seed must be 0 to 4294967295, got -1"),
         (("evaluate", "--text", "cog.yaml", "--window", "99999"), 2, "error: E2000 a window of 99,999 takes 99,998 tokens"),

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gemma_opt.serving import server_environment
+from gemma_opt import serving
+from gemma_opt.errors import StorageError
+from gemma_opt.serving import exec_server, server_environment
 
 
 def test_paths_are_those_of_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +28,12 @@ def test_names_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GEMMA_OPT_RECIPE", "small-int8")
     assert server_environment(5000, "predict.py:Predictor")["GEMMA_OPT_RECIPE"] == "small-int8"
+
+
+def test_a_checkout_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only checkout ended `serve` in a traceback."""
+    (tmp_path / ".cog").write_text("in the way")
+    monkeypatch.setattr(serving, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match=r"^E3005 .*/\.cog cannot be written: "):
+        exec_server("127.0.0.1", 5000, "predict.py:Predictor")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -257,3 +259,20 @@ def test_empty_prompts_are_refused() -> None:
         single_turn(" \n", "system", [chart()])
     with pytest.raises(EmptyPrompt):
         parse_messages([user(" ")], lambda _: chart())
+
+
+def test_a_long_prompt_does_not_hold_up_other_threads() -> None:
+    """The story: a client's two million characters stopped every stream beside it for four seconds."""
+
+    def encode() -> None:
+        with pytest.raises(PromptTooLong):
+            PromptEncoder(processing(), CONTEXT).encode(single_turn("🦊" * 1_000_000, "", []))
+
+    started = last = time.perf_counter()
+    longest = 0.0
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+    assert longest < (last - started) / 2

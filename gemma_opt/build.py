@@ -1,9 +1,9 @@
 """One build: compress, save, answer once, evaluate, and only then put the folder in its place.
 
-Everything is written into a hidden folder beside the target. Layers pruned with calibration data, teachers' answers and
-the state of a training are kept in another one, `.<name>.work`, until the build is done: the same build started again
-after a kill goes on where it was. The model that is
-evaluated is the one loaded back from the folder through the service, so one that cannot be served is never finished.
+Everything is written into a hidden folder beside the target. Text that the model wrote, layers pruned with calibration data,
+teachers' answers and the state of a training are kept in another one, `.<name>.work`, until the build is done: the same build
+started again after a kill goes on where it was. The model that is evaluated is the one loaded back from the folder through the
+service, so one that cannot be served is never finished.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from gemma_opt import checkpoint, gemma, inspection, pipeline
-from gemma_opt.calibration import CalibrationData, Store, draw_samples
+from gemma_opt.calibration import Author, CalibrationData, Sample, Store, draw_samples
 from gemma_opt.distill import DistillData
 from gemma_opt.engine.compilation import save_artifacts
 from gemma_opt.engine.kernels import arrangement
@@ -28,10 +28,11 @@ from gemma_opt.errors import WeightsError
 from gemma_opt.evaluation.agreement import Agreement, agreement
 from gemma_opt.evaluation.perplexity import Passage, answer_passages, builtin_text, text_passages
 from gemma_opt.evaluation.quiz import QuizScore, run_quiz
-from gemma_opt.identity import identity_of
+from gemma_opt.identity import data_identity, identity_of
 from gemma_opt.loading import Ready, Source, dense_recipe
+from gemma_opt.policy import Plan
 from gemma_opt.policy import plan as make_plan
-from gemma_opt.recipe import Recipe
+from gemma_opt.recipe import Calibration, Recipe
 from gemma_opt.service import Request, Service
 from gemma_opt.staging import staging, storage_errors
 
@@ -71,6 +72,7 @@ class BuildReport:
     quality: Quality | None
     agreement: Agreement | None
     smoke_answer: str
+    device: str
 
     def to_json(self) -> dict[str, object]:
         """Plain dictionary: what quality.json holds."""
@@ -84,7 +86,7 @@ class BuildReport:
             "quality": self.quality.to_json() if self.quality else None,
             "agreement": self.agreement.to_json() if self.agreement else None,
             "smoke_answer": self.smoke_answer,
-            "device": _device_name(),
+            "device": self.device,
             "versions": checkpoint.versions(),
         }
 
@@ -106,20 +108,17 @@ def build(
     """
     started = time.monotonic()
     place = gemma.device_of(device)
+    data_identity(recipe)  # a missing file is told before gigabytes are downloaded
     files = gemma.locate(recipe.model, base, network=True)
     loaded = gemma.load_base(files, gemma.DTYPES[recipe.model.dtype], place)
     base_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     needed = make_plan(loaded.model, recipe).bytes + OVERHEAD_BYTES
     identity = identity_of(recipe, files)
-    work = _Work.of(recipe, identity, loaded, out, place)
+    work = _Work.of(recipe, identity, loaded, out, place, progress)
     with ExitStack() as opened:
         with staging(out, needed) as folder:
             plan = pipeline.compress(loaded.model, recipe, progress, work.calibration, work.distill)
-            _refuse_broken_logits(loaded.model)
-            layers = inspection.measure(loaded.model, plan)
-            if recipe.engine.kind == "fast" and place.type == "cuda":  # before the folder is sealed: what it holds then is all
-                tune(take_weights(loaded.model, release=False, arrange=arrangement(place)), folder / checkpoint.COMPILE_CACHE)
-            checkpoint.write(folder, loaded.model, loaded.processing, recipe, layers, identity)
+            sparsity = _write(folder, loaded, recipe, plan, identity)
             del loaded
             with keeping_compiled(folder / checkpoint.COMPILE_CACHE):
                 service = opened.enter_context(closing(Service.load(Source(recipe, folder), device)))
@@ -136,11 +135,12 @@ def build(
                 seconds=time.monotonic() - started,
                 base_bytes=2 * base_parameters,
                 bytes=checkpoint.weight_bytes(folder),
-                sparsity=inspection.linear_sparsity(layers),
+                sparsity=sparsity,
                 base_quality=None,
                 quality=None,
                 agreement=None,
                 smoke_answer=smoke,
+                device=_name_of(place),
             )
             checkpoint.seal(folder, checkpoint.read_manifest(folder))
             checkpoint.record_figures(folder, report.to_json())
@@ -152,6 +152,17 @@ def build(
     return report
 
 
+def _write(folder: Path, made: gemma.Base, recipe: Recipe, plan: Plan, identity: dict[str, object]) -> float:
+    """Fill and seal the folder, the fastest kernels of this GPU among the rest. Returns the share of zeros in text linears."""
+    _refuse_broken_logits(made.model)
+    layers = inspection.measure(made.model, plan)
+    device = gemma.weights_device(made.model)
+    if recipe.engine.kind == "fast" and device.type == "cuda":
+        tune(take_weights(made.model, release=False, arrange=arrangement(device)), folder / checkpoint.COMPILE_CACHE)
+    checkpoint.write(folder, made.model, made.processing, recipe, layers, identity)
+    return inspection.linear_sparsity(layers)
+
+
 @dataclass(frozen=True)
 class _Work:
     """The data a build reads, and the folder that keeps what is finished of it."""
@@ -161,8 +172,16 @@ class _Work:
     distill: DistillData | None
 
     @classmethod
-    def of(cls, recipe: Recipe, identity: dict[str, object], base: gemma.Base, out: Path, device: torch.device) -> _Work:
-        """Read the data of a recipe. identity: see `identity_of`."""
+    def of(
+        cls,
+        recipe: Recipe,
+        identity: dict[str, object],
+        base: gemma.Base,
+        out: Path,
+        device: torch.device,
+        progress: pipeline.Progress,
+    ) -> _Work:
+        """Read the data of a recipe, or let the model write it. identity: see `identity_of`."""
         calibration = recipe.calibration if recipe.needs_calibration else None
         distill, load_teacher = recipe.distill, None
         if distill and distill.teacher != "base":
@@ -172,12 +191,15 @@ class _Work:
         if not recipe.needs_data:
             return cls(Store(), None, None)
         store = Store(out.parent / f".{out.name}.work", _origin(recipe, identity, device))
+        author = Author(base.model, base.processing, store.section("written."), partial(progress, "write calibration text"))
+
+        def drawn(section: Calibration, key: str) -> tuple[Sample, ...]:
+            return draw_samples(section, base.processing, key, author.write)
+
         return cls(
             store,
-            CalibrationData(draw_samples(calibration, base.processing), store) if calibration else None,
-            DistillData(draw_samples(distill.calibration, base.processing, "distill.data"), store, load_teacher)
-            if distill
-            else None,
+            CalibrationData(drawn(calibration, "calibration.source"), store) if calibration else None,
+            DistillData(drawn(distill.calibration, "distill.data"), store, load_teacher) if distill else None,
         )
 
 
@@ -209,7 +231,7 @@ def _compare(
     service: Service, quiz: QuizScore | None, base: str, device: str | None, questions: int, progress: pipeline.Progress
 ) -> _Compared:
     """Measure the finished model beside its base: every passage goes through each of them once. quiz: the model's own."""
-    with closing(Service.load(Source(dense_recipe(base)), device)) as dense:
+    with closing(Service.load(Source(dense_recipe(base, device)), device)) as dense:
         base_quiz = _quiz(dense, questions, "evaluate the base", progress)
         found = agreement(dense.ready, service.ready, _passages(service.ready))
     return _Compared(Quality(found.reference_perplexity, base_quiz), Quality(found.perplexity, quiz), found)
@@ -236,5 +258,5 @@ def _refuse_broken_logits(model: gemma.GemmaModel) -> None:
         raise WeightsError("the compressed model's logits are not finite: this recipe breaks this model")
 
 
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

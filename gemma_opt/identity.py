@@ -20,7 +20,7 @@ def identity_of(recipe: Recipe, files: gemma.BaseFiles) -> dict[str, object]:
 
     Raises RecipeError where a data file is missing, BaseModelError where a teacher is.
     """
-    identity = files.identity() | _data_identity(recipe)
+    identity = files.identity() | data_identity(recipe)
     if teacher := _other_teacher(recipe):
         identity["teacher"] = gemma.locate(teacher, network=True).identity()
     return identity
@@ -35,7 +35,7 @@ def differences(manifest: Manifest, recipe: Recipe, base: str | None = None) -> 
         return ["recipe"]
     recorded = manifest.base
     found = [] if _same_weights(recorded, recipe.model, base) else ["base weights"]
-    data = _data_identity(recipe)
+    data = data_identity(recipe)
     found += [f"{name} data" for name in ("calibration", "distill") if data.get(name) != recorded.get(name)]
     teacher, known = _other_teacher(recipe), cast(Mapping[str, object], recorded.get("teacher", {}))
     if (teacher is None and known) or (teacher and not _same_weights(known, teacher, None)):
@@ -43,8 +43,11 @@ def differences(manifest: Manifest, recipe: Recipe, base: str | None = None) -> 
     return found
 
 
-def _data_identity(recipe: Recipe) -> dict[str, object]:
-    """sha256 of every file of the sections that are read, by section and by the name the recipe gives it."""
+def data_identity(recipe: Recipe) -> dict[str, object]:
+    """sha256 of every file of the sections that are read, by section and by the name the recipe gives it.
+
+    Raises RecipeError where one is missing.
+    """
     identity: dict[str, object] = {}
     if recipe.needs_calibration and recipe.calibration:
         identity["calibration"] = sources_identity(recipe.calibration)

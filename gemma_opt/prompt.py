@@ -70,7 +70,7 @@ def parse_messages(messages: Sequence[object], load_image: Callable[[str], Pictu
     """
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise MessagesError(f"messages must hold 1 to {MAX_MESSAGES} messages, got {len(messages)}")
-    read = [_read_message(message, number) for number, message in enumerate(messages)]
+    read = [read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
     _check_order([role for role, _ in read])
     if not any(kind == "image" or value.strip() for kind, value in read[-1][1]):
         raise EmptyPrompt("the last message is empty")
@@ -87,20 +87,21 @@ _ROLES: dict[object, Literal["system", "user", "assistant"]] = {
 }  # fmt: skip
 
 
-def _read_message(message: object, number: int) -> tuple[Literal["system", "user", "assistant"], list[_RawPart]]:
+def read_message(message: object, where: str) -> tuple[Literal["system", "user", "assistant"], list[_RawPart]]:
+    """Role and parts of one message; of a picture its URL. Raises MessagesError, in which `where` names the message."""
     if not isinstance(message, dict):
-        raise MessagesError(f"messages[{number}] is not an object with role and content")
+        raise MessagesError(f"{where} is not an object with role and content")
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise MessagesError(f"messages[{number}].role must be system, user or assistant")
+        raise MessagesError(f"{where}.role must be system, user or assistant")
     content = message.get("content")
     if isinstance(content, str):
         return _ROLES[role], [("text", content)]
     if not isinstance(content, list) or not content:
-        raise MessagesError(f"messages[{number}].content must be a string or a list of parts")
-    parts = [_read_part(part, f"messages[{number}].content[{index}]") for index, part in enumerate(content)]
+        raise MessagesError(f"{where}.content must be a string or a list of parts")
+    parts = [_read_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
     if _ROLES[role] != "user" and any(kind == "image" for kind, _ in parts):
-        raise MessagesError(f"messages[{number}]: only user messages can hold pictures")
+        raise MessagesError(f"{where}: only user messages can hold pictures")
     return _ROLES[role], parts
 
 

@@ -186,7 +186,12 @@ def test_lines_hold_pictures_messages_and_answers(tmp_path: Path) -> None:
     lines = [
         {"text": "Which bar is tallest?", "image": "picture.png", "answer": "red"},
         {"text": "Which bar is tallest?", "image": data_uri(chart())},
-        {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": [{"type": "text", "text": "Good day"}]},
+            ]
+        },
     ]
     file = tmp_path / "lines.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
@@ -207,6 +212,10 @@ def test_lines_hold_pictures_messages_and_answers(tmp_path: Path) -> None:
         ('{"text": "a", "image": "none.png"}', "none.png"),
         ('{"text": "a", "image": "http://example.com/a.png"}', "line 1: "),
         ('{"messages": [{"role": "king", "content": "a"}]}', "role must be"),
+        ('{"messages": 1}', "messages must be a list"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}', "messages[1].content must be"),
+        ('{"messages": [{"role": "user", "content": "a"}], "image": "a.png"}', "unknown fields: image"),
+        ('{"text": "a", "answer": 3}', "answer must be a text"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, named: str) -> None:

@@ -18,7 +18,7 @@ import corpus
 import torch
 
 from gemma_opt import checkpoint, gemma, pipeline
-from gemma_opt.calibration import CalibrationData, Store, draw_samples
+from gemma_opt.calibration import Author, CalibrationData, Store, draw_samples
 from gemma_opt.evaluation.perplexity import text_perplexity
 from gemma_opt.loading import Ready
 from gemma_opt.recipe import Recipe
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("stages", help="JSON list of sparsity stages; [] is the dense model")
     parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--calibration", choices=("kinds", "self", "kinds+self"), default="kinds", help="shares are even")
     parser.add_argument("--texts", choices=("development", "evaluation"), default="development")
     parser.add_argument("--corpus", type=Path, default=Path(tempfile.gettempdir()) / "gemma-opt-calibration")
     parser.add_argument("--limit", type=int, default=8, help="windows of each text")
@@ -39,12 +40,15 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
     texts = corpus.evaluation() if arguments.texts == "evaluation" else {"development": corpus.development()}
-    sources = sorted(arguments.corpus.glob("*.txt")) or corpus.write_calibration(arguments.corpus)
-    recipe = _recipe(json.loads(arguments.stages), [str(path) for path in sources], arguments.windows)
+    files = sorted(arguments.corpus.glob("*.txt")) or corpus.write_calibration(arguments.corpus)
+    sources = {"kinds": [str(path) for path in files], "self": ["self"]}
+    given = [source for name in arguments.calibration.split("+") for source in sources[name]]
+    recipe = _recipe(json.loads(arguments.stages), given, arguments.windows)
     base = _load(recipe)
     started, data = time.monotonic(), None
     if recipe.needs_data and recipe.calibration:
-        data = CalibrationData(draw_samples(recipe.calibration, base.processing), Store())
+        author = Author(base.model, base.processing)
+        data = CalibrationData(draw_samples(recipe.calibration, base.processing, write=author.write), Store())
     plan = pipeline.compress(
         base.model, recipe, lambda *step: print(round(time.monotonic() - started), *step, flush=True), data
     )
@@ -53,6 +57,7 @@ def main() -> None:
     attempt: dict[str, object] = {
         "name": arguments.name,
         "stages": json.loads(arguments.stages),
+        "calibration": arguments.calibration,
         "calibration_windows": arguments.windows,
         "texts": arguments.texts,
         "windows_of_each_text": arguments.limit,
@@ -60,7 +65,7 @@ def main() -> None:
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "text_sha256": {name: corpus.sha256(text) for name, text in texts.items()},
-        "calibration_sha256": {path.stem: gemma.sha256_of(path) for path in sources},
+        "calibration_sha256": {path.stem: gemma.sha256_of(path) for path in files},
         "versions": checkpoint.versions(),
     }
     attempts = json.loads(FILE.read_text("utf-8")) if FILE.exists() else []

@@ -24,7 +24,7 @@ import yaml
 from benchmarks.environment import RESULTS, describe
 from benchmarks.quality import corpus
 from gemma_opt import gemma, pipeline
-from gemma_opt.calibration import CalibrationData, Store, draw_samples
+from gemma_opt.calibration import Author, CalibrationData, Store, draw_samples
 from gemma_opt.errors import RecipeError
 from gemma_opt.evaluation.perplexity import text_perplexity
 from gemma_opt.loading import Ready
@@ -83,7 +83,7 @@ def sweep(
             found[name] = {
                 "key": key,
                 "windows": windows,
-                **measure(recipe, dense, texts, windows),
+                **measure(recipe, dense, texts, windows, Store(Path(scratch) / "written")),
                 "where": describe(),
             }
             result = {"texts": _hashes(texts), "memorised": memorised, "recipes": found}
@@ -98,17 +98,19 @@ def recipe_of(entry: Entry, base: str, scratch: Path) -> Recipe:
     tree["quantization"] = {"default": "fp32", "roles": {"embedding": "fp32"}} | dict(entry.get("quantization", {}))  # type: ignore[call-overload]
     if entry.get("calibrated"):
         sources = [str(path) for path in corpus.write_calibration(scratch / "calibration")]
+        sources += ["self"] if entry.get("written") else []
         tree["calibration"] = CALIBRATION | {"source": sources} | dict(entry.get("calibration", {}))  # type: ignore[call-overload]
     return Recipe.from_tree(tree, str(entry["name"]))
 
 
-def measure(recipe: Recipe, dense: gemma.Base, texts: dict[str, str], windows: int) -> Entry:
-    """Perplexity on every text, bytes of the weights, and the seconds of both steps."""
-    started = time.monotonic()
-    model = copy.deepcopy(dense.model)
+def measure(recipe: Recipe, dense: gemma.Base, texts: dict[str, str], windows: int, written: Store) -> Entry:
+    """Perplexity on every text, bytes of the weights, and the seconds of both steps. written: keeps what the model wrote."""
     data = None
     if recipe.needs_data and recipe.calibration:
-        data = CalibrationData(draw_samples(recipe.calibration, dense.processing), Store())
+        author = Author(dense.model, dense.processing, written)
+        data = CalibrationData(draw_samples(recipe.calibration, dense.processing, write=author.write), Store())
+    started = time.monotonic()
+    model = copy.deepcopy(dense.model)
     ready = Ready(recipe, model, dense.processing, pipeline.compress(model, recipe, data=data))
     compressed = time.monotonic()
     perplexity = {name: text_perplexity(ready, text, limit=windows) for name, text in texts.items()}

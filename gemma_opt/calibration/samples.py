@@ -1,4 +1,4 @@
-"""What to calibrate on: windows of text, conversations with pictures, or the built-in picture task.
+"""What to calibrate on: windows of text, conversations with pictures, the built-in picture task, or what the model writes.
 
 Text files are cut into windows of `window_tokens`, `<bos>` first. A `.jsonl` file holds one sample a line:
 
@@ -13,8 +13,9 @@ Every source gives an equal share of the windows, chosen by the seed; where one 
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -27,12 +28,13 @@ from gemma_opt import charts
 from gemma_opt.errors import GemmaOptError, RecipeError
 from gemma_opt.gemma import Processing, sha256_of
 from gemma_opt.images import decode_image, load_image
-from gemma_opt.prompt import PromptEncoder, Turn, parse_messages, single_turn
+from gemma_opt.prompt import PromptEncoder, Turn, parse_messages, read_message, single_turn
 from gemma_opt.recipe import Calibration
 
-CHARTS = "charts"
+CHARTS, SELF = "charts", "self"
+BUILT_IN = (CHARTS, SELF)
 RANDOM_WINDOWS, RANDOM_TOKENS = 4, 256
-_CONTEXT = 131_072  # samples are cut to the window here; the encoder's own limit would only refuse
+CONTEXT = 131_072  # samples are cut to the window here; the encoder's own limit would only refuse
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,18 @@ class Sample:
 
 
 Draw = Callable[[], Sample]
+Write = Callable[[Calibration], Iterator[Sample]]
 
 
-def draw_samples(section: Calibration, processing: Processing, key: str = "calibration.source") -> tuple[Sample, ...]:
+def draw_samples(
+    section: Calibration, processing: Processing, key: str = "calibration.source", write: Write | None = None
+) -> tuple[Sample, ...]:
     """The calibration set of a recipe. The same files and section give the same samples. key: of the sources, for errors.
 
-    Raises RecipeError where a source cannot be read, or all together hold fewer windows than asked.
+    write: writes the samples of the source "self", see `written.Author`. Raises RecipeError where a source cannot be read, or
+    all together hold fewer windows than asked.
     """
-    offers = [_offer(source, number, section, processing, key) for number, source in enumerate(section.source)]
+    offers = [_offer(source, number, section, processing, key, write) for number, source in enumerate(section.source)]
     taken = _shares([len(offer) for offer in offers], section.windows)
     if sum(taken) < section.windows:
         held = ", ".join(f"{source}: {len(offer)}" for source, offer in zip(section.source, offers, strict=True))
@@ -82,7 +88,7 @@ def random_samples(vocabulary: int, begin: int, reserved: int) -> tuple[Sample, 
 
 def sources_identity(section: Calibration, key: str = "calibration.source") -> dict[str, str]:
     """sha256 of every source file, by the name the recipe gives it. Raises RecipeError for one that is missing."""
-    return {source: CHARTS if source == CHARTS else sha256_of(_existing(source, key)) for source in section.source}
+    return {source: source if source in BUILT_IN else sha256_of(_existing(source, key)) for source in section.source}
 
 
 def _shares(held: Sequence[int], wanted: int) -> list[int]:
@@ -98,17 +104,26 @@ def _shares(held: Sequence[int], wanted: int) -> list[int]:
 def _existing(source: str, key: str) -> Path:
     path = Path(source).expanduser()
     if not path.is_file():
-        raise RecipeError(f"{key}: there is no file {source} (seen from the current folder), and it is not {CHARTS!r}")
+        built_in = " or ".join(map(repr, BUILT_IN))
+        raise RecipeError(f"{key}: there is no file {source} (seen from the current folder), and it is not {built_in}")
+    if not os.access(path, os.R_OK):
+        raise RecipeError(f"{key}: {source} may not be read")
     return path
 
 
-def _offer(source: str, number: int, section: Calibration, processing: Processing, key: str) -> list[Draw]:
+def _offer(source: str, number: int, section: Calibration, processing: Processing, key: str, write: Write | None) -> list[Draw]:
     """Everything a source could give, shuffled by the seed; each sample is made only when it is drawn."""
     rng = random.Random(f"{section.seed}/{number}")
+    if source == SELF:
+        if write is None:
+            raise RecipeError(f"{key}: nobody was given who writes {SELF!r}")
+        written = write(section)
+        return [lambda: next(written)] * section.windows
     if source == CHARTS:
         if processing.processor is None:
             raise RecipeError(
-                f"{key}: charts are pictures, and this model has no vision tower. Name texts: --set '{key}=[notes.txt]'"
+                f"{key}: charts are pictures, and this model has no vision tower. Name text, or let it write some: "
+                f"--set '{key}=[self]'"
             )
         return [_chart_draw(section, processing, index) for index in range(section.windows)]
     path = _existing(source, key)
@@ -162,24 +177,31 @@ def _read_line(line: str, folder: Path) -> tuple[tuple[Turn, ...], str]:
     fields = json.loads(line)
     if not isinstance(fields, dict):
         raise ValueError("is not an object")
-    if unknown := fields.keys() - {"text", "image", "answer", "messages"}:
+    known = {"messages", "answer"} if "messages" in fields else {"text", "image", "answer"}
+    if unknown := fields.keys() - known:
         raise ValueError(f"has unknown fields: {', '.join(sorted(unknown))}")
+    texts = {name: value for name, value in fields.items() if name != "messages" and value is not None}
+    if wrong := [name for name, value in texts.items() if not isinstance(value, str)]:
+        raise ValueError(f"{', '.join(sorted(wrong))} must be a text")
 
     def picture(source: str) -> Image.Image:
         return load_image(source) if source.startswith("data:") else decode_image((folder / source).read_bytes())
 
-    if "messages" in fields:
-        messages = list(fields["messages"])
-        answer = str(fields.get("answer", ""))
-        if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
-            answer = str(messages.pop()["content"])
-        return parse_messages(messages, picture), answer
-    images = [picture(str(fields["image"]))] if fields.get("image") else []
-    return single_turn(str(fields.get("text", "")), "", images), str(fields.get("answer", ""))
+    answer = texts.get("answer", "")
+    if "messages" not in fields:
+        return single_turn(texts.get("text", ""), "", [picture(texts["image"])] if texts.get("image") else []), answer
+    messages = fields["messages"]
+    if not isinstance(messages, list):
+        raise ValueError("messages must be a list")
+    if len(messages) > 1:
+        role, parts = read_message(messages[-1], f"messages[{len(messages) - 1}]")
+        if role == "assistant":
+            messages, answer = messages[:-1], "".join(text for _, text in parts)
+    return parse_messages(messages, picture), answer
 
 
 def _conversation(turns: tuple[Turn, ...], answer: str, section: Calibration, processing: Processing) -> Sample:
-    prompt = PromptEncoder(processing, _CONTEXT).encode(turns)
+    prompt = PromptEncoder(processing, CONTEXT).encode(turns)
     if not answer:
         return _sample(prompt.token_ids, prompt.images, section)
     reply = processing.tokenizer.encode(answer, add_special_tokens=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_opt.calibration.samples import Sample
-from gemma_opt.gemma import GemmaModel, weights_device
+from gemma_opt.gemma import GemmaModel, text_layers, weights_device
 from gemma_opt.onednn import OneDnnLinears, product, with_onednn
 from gemma_opt.policy import Role, role_of
 
@@ -198,14 +198,11 @@ def walk_layers(model: GemmaModel, samples: Sequence[Sample], *, follow_dense: S
     follow_dense: linears whose inputs in the unchanged model are wanted too, for cross moments; costs a second set of hidden
     states, one layer's inputs, and one more pass. Samples are sent through the vision tower and the embedding once.
     """
-    decoder = model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
     states, arguments = _record(model, samples)
     dense_states = list(states)
-    for index, layer in enumerate(_layers(model)):
-        name = f"{prefix}.layers.{index}"
-        dense = _dense_pass_(name, layer, dense_states, arguments[index], follow_dense) if follow_dense else None
-        yield Block(name, layer, states, arguments[index], dense)
+    for (name, layer), given in zip(text_layers(model).items(), arguments, strict=True):
+        dense = _dense_pass_(name, layer, dense_states, given, follow_dense) if follow_dense else None
+        yield Block(name, layer, states, given, dense)
 
 
 @torch.no_grad()
@@ -221,11 +218,6 @@ def _dense_pass_(
             states[index] = layer(state, **arguments[index])
         noted.append(seen)
     return noted
-
-
-def _layers(model: GemmaModel) -> nn.ModuleList:
-    """The decoder layers of the language model, in order."""
-    return cast(nn.ModuleList, model.get_decoder().layers)
 
 
 class _Recorder(nn.Module):
@@ -257,7 +249,7 @@ def _record(model: GemmaModel, samples: Sequence[Sample]) -> tuple[list[Tensor],
 @contextmanager
 def _recorders(model: GemmaModel) -> Generator[list[_Recorder]]:
     decoder = model.get_decoder()
-    layers = _layers(model)
+    layers = cast(nn.ModuleList, decoder.layers)
     recorders = [_Recorder() for _ in layers]
     decoder.layers = nn.ModuleList(recorders)
     try:

@@ -32,6 +32,8 @@ def test_names_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_checkout_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read-only checkout ended `serve` in a traceback."""
+    for name in ("predict.py", "openapi.json"):
+        (tmp_path / name).write_bytes((serving.ROOT / name).read_bytes())
     (tmp_path / ".cog").write_text("in the way")
     monkeypatch.setattr(serving, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from gemma_opt.errors import (
     PromptTooLong,
 )
 from gemma_opt.evaluation.quiz import data_uri, run_quiz
-from gemma_opt.images import DECODED_AT_ONCE, _await_turn  # pyright: ignore[reportPrivateUsage]
+from gemma_opt.images import DECODED_AT_ONCE, _turn_to_decode  # pyright: ignore[reportPrivateUsage]
 from gemma_opt.loading import Source, resolve
 from gemma_opt.recipe import Recipe
 from gemma_opt.service import Request, Service, _warm_up_request
@@ -89,11 +89,12 @@ def test_who_no_longer_wants_the_answer_is_heard_between_pictures(service: Servi
 
 def test_who_no_longer_wants_the_answer_is_heard_while_others_decode(service: Service) -> None:
     cancellation = Cancellation()
-    others = [_await_turn(lambda: None) for _ in range(DECODED_AT_ONCE)]
-    threading.Timer(0.2, cancellation.cancel).start()
-    with pytest.raises(PredictionCancelled):
-        service.stream(Request(prompt="x", image=PICTURE), cancellation.check)
-    others.clear()
+    with ExitStack() as others:
+        for _ in range(DECODED_AT_ONCE):
+            others.enter_context(_turn_to_decode(lambda: None))
+        threading.Timer(0.2, cancellation.cancel).start()
+        with pytest.raises(PredictionCancelled):
+            service.stream(Request(prompt="x", image=PICTURE), cancellation.check)
     assert service.stream(Request(prompt="x", image=PICTURE, max_new_tokens=1)).encoded.image_count == 1
 
 

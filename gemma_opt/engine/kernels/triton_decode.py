@@ -27,15 +27,13 @@ from gemma_opt.recipe import Activation
 class TritonDecode:
     """A `DecodeStep` over given weights and cache.
 
-    rows: the most a call may have; by default what the cache's slots and slack allow. The logits returned lie in a buffer
-    that the next call overwrites. Quantized inputs take one launch more a product, low rank two.
+    A call may have as many rows as the cache's slots and slack allow. The logits returned lie in a buffer that the next call
+    overwrites. Quantized inputs take one launch more a product, low rank two.
     """
 
-    def __init__(
-        self, weights: TextWeights, cache: KvCache, rope: RopeTables, tuning: Tuning, *, rows: int | None = None
-    ) -> None:
+    def __init__(self, weights: TextWeights, cache: KvCache, rope: RopeTables, tuning: Tuning) -> None:
         self._weights, self._cache, self._rope, self._tuning = weights, cache, rope, tuning
-        self._rows = rows or cache.slots * (cache.slack + 1)
+        self._rows = cache.slots * (cache.slack + 1)
         self._linear = TritonLinear(tuning)
         self._buffers = _Buffers(weights, uses_of(weights), tuning, self._rows)
 
@@ -124,8 +122,7 @@ class _Buffers:
         self._gated = empty(rows * max((matrix.out_features // 2 for matrix, gated in uses if gated), default=0), like=dtype)
         widths = (matrix.out_features * tuning.blocks(matrix).splits for matrix, gated in uses if not gated)
         self._partial = empty(rows * max(widths, default=0))
-        changed = any(matrix.activation != "none" for matrix, _ in uses) or len(uses) > 4 * len(weights.layers) + 1
-        self._steps = empty(rows * max(matrix.in_features for matrix, _ in uses) if changed else 0, like=dtype)
+        self._steps = empty(rows * max((matrix.in_features for matrix, _ in uses), default=0), like=dtype)
         self.scales = empty(rows)
 
     def steps(self, rows: int, width: int) -> Tensor:

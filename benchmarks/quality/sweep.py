@@ -108,11 +108,12 @@ def recipe_of(entry: Entry, base: str, scratch: Path) -> Recipe:
     tree: Entry = {"name": entry["name"], "model": {"base": base, "dtype": "float32"}}
     tree["sparsity"] = entry.get("sparsity", [])
     tree["quantization"] = {"default": "fp32", "roles": {"embedding": "fp32"}} | dict(entry.get("quantization", {}))  # type: ignore[call-overload]
-    if entry.get("calibrated"):
-        files = corpus.write_calibration(scratch / "calibration")
-        if entry.get("written"):
-            files = [corpus.joined(files, scratch / "calibration.txt"), Path("self")]
-        sources = [str(path) for path in files]
+    if calibrated := entry.get("calibrated"):
+        sources = ["self"]
+        if calibrated != "self":
+            files = corpus.write_calibration(scratch / "calibration")
+            joined = corpus.joined(files, scratch / "calibration.txt")
+            sources = [str(joined), "self"] if calibrated == "half self" else [str(path) for path in files]
         tree["calibration"] = CALIBRATION | {"source": sources} | dict(entry.get("calibration", {}))  # type: ignore[call-overload]
     return Recipe.from_tree(tree, str(entry["name"]))
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from benchmarks.quality import sweep
 from benchmarks.quality.plot import draw
+from gemma_opt.calibration import Store
 from gemma_opt.recipe import Fp32, Int8
 
 TEXTS = {"bars": "A bar chart with three bars: red, blue and green. " * 60, "shapes": "A red circle above a blue star. " * 90}
@@ -26,10 +27,10 @@ def test_a_sweep_measures_resumes_and_leaves_out_what_it_does_not_know(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "quality.json"
-    sweep.sweep(ENTRIES[:2], TEXTS, "small-gemma3", out, windows=1)
+    sweep.sweep(ENTRIES[:2], TEXTS, "small-gemma3", out, Store(), windows=1)
     first = json.loads(out.read_text())["recipes"]
     assert first.keys() == {"dense", "int8"}
-    sweep.sweep(ENTRIES, TEXTS, "small-gemma3", out, windows=1)
+    sweep.sweep(ENTRIES, TEXTS, "small-gemma3", out, Store(), windows=1)
     second = json.loads(out.read_text())["recipes"]
     assert second.keys() == {"dense", "int8", "half"}
     assert {name: second[name] for name in first} == first  # not measured again: the same seconds

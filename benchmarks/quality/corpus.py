@@ -16,7 +16,7 @@ import random
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -71,6 +71,12 @@ def write_calibration(folder: Path, seed: int = 0) -> list[Path]:
         paths.append(folder / f"{name}.txt")
         paths[-1].write_text(text, "utf-8")
     return paths
+
+
+def joined(files: Sequence[Path], path: Path) -> Path:
+    """All of these texts in one file, which is then one source of calibration among others."""
+    path.write_text("\n\n".join(file.read_text("utf-8") for file in files), "utf-8")
+    return path
 
 
 def sha256(text: str) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from benchmarks.environment import RESULTS, describe
+from benchmarks.environment import RESULTS, ROOT, describe
 from benchmarks.quality import corpus
 from gemma_opt import gemma, pipeline
 from gemma_opt.calibration import Author, CalibrationData, Store, draw_samples
@@ -44,13 +44,15 @@ def main() -> None:
     parser.add_argument("--entries", type=Path, default=ENTRIES)
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens from each text, at most")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--written", type=Path, default=ROOT / "build" / "written-270m", help="keeps what the model writes")
     parser.add_argument("--plot", action="store_true", help="only draw the results")
     arguments = parser.parse_args()
     if not arguments.plot:
         entries = yaml.safe_load(arguments.entries.read_text("utf-8"))
         chosen = [entry for entry in entries if not arguments.names or entry["name"] in arguments.names]
         texts = corpus.evaluation() | corpus.memorised()
-        sweep(chosen, texts, base_file(), arguments.out, windows=arguments.windows, memorised=tuple(corpus.memorised()))
+        memorised, written = tuple(corpus.memorised()), Store(arguments.written)
+        sweep(chosen, texts, base_file(), arguments.out, written, windows=arguments.windows, memorised=memorised)
     from benchmarks.quality.plot import draw
 
     draw(json.loads(arguments.out.read_text("utf-8")), arguments.out.with_suffix(".png"))
@@ -64,9 +66,19 @@ def base_file() -> str:
 
 
 def sweep(
-    entries: list[Entry], texts: dict[str, str], base: str, out: Path, *, windows: int, memorised: tuple[str, ...] = ()
+    entries: list[Entry],
+    texts: dict[str, str],
+    base: str,
+    out: Path,
+    written: Store,
+    *,
+    windows: int,
+    memorised: tuple[str, ...] = (),
 ) -> None:
-    """Measure every entry that `out` does not hold yet, writing `out` after each. memorised: texts that enter no mean."""
+    """Measure every entry that `out` does not hold yet, writing `out` after each. memorised: texts that enter no mean.
+
+    written: keeps the calibration text that the model writes itself.
+    """
     found: dict[str, Entry] = json.loads(out.read_text("utf-8"))["recipes"] if out.exists() else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     dense = gemma.load_base(gemma.locate(BaseModelSection(base=base)), torch.float32, torch.device("cpu"))
@@ -83,7 +95,7 @@ def sweep(
             found[name] = {
                 "key": key,
                 "windows": windows,
-                **measure(recipe, dense, texts, windows, Store(Path(scratch) / "written")),
+                **measure(recipe, dense, texts, windows, written),
                 "where": describe(),
             }
             result = {"texts": _hashes(texts), "memorised": memorised, "recipes": found}
@@ -96,15 +108,18 @@ def recipe_of(entry: Entry, base: str, scratch: Path) -> Recipe:
     tree: Entry = {"name": entry["name"], "model": {"base": base, "dtype": "float32"}}
     tree["sparsity"] = entry.get("sparsity", [])
     tree["quantization"] = {"default": "fp32", "roles": {"embedding": "fp32"}} | dict(entry.get("quantization", {}))  # type: ignore[call-overload]
-    if entry.get("calibrated"):
-        sources = [str(path) for path in corpus.write_calibration(scratch / "calibration")]
-        sources += ["self"] if entry.get("written") else []
+    if calibrated := entry.get("calibrated"):
+        sources = ["self"]
+        if calibrated != "self":
+            files = corpus.write_calibration(scratch / "calibration")
+            joined = corpus.joined(files, scratch / "calibration.txt")
+            sources = [str(joined), "self"] if calibrated == "half self" else [str(path) for path in files]
         tree["calibration"] = CALIBRATION | {"source": sources} | dict(entry.get("calibration", {}))  # type: ignore[call-overload]
     return Recipe.from_tree(tree, str(entry["name"]))
 
 
 def measure(recipe: Recipe, dense: gemma.Base, texts: dict[str, str], windows: int, written: Store) -> Entry:
-    """Perplexity on every text, bytes of the weights, and the seconds of both steps. written: keeps what the model wrote."""
+    """Perplexity on every text, bytes of the weights, and the seconds of both steps; drawing samples is none of them."""
     data = None
     if recipe.needs_data and recipe.calibration:
         author = Author(dense.model, dense.processing, written)

@@ -58,7 +58,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         "Gemma 3 270M: perplexity, × the dense model's", loc="left", fontsize=13, fontweight="bold", color=INK, pad=24
     )
     where = f"at most {windows} windows of 512 tokens from each text, of no kind calibrated on; blue to 1.15 ×, amber to 2 ×"
-    axes.text(0, 1.012, where, transform=axes.transAxes, color=MUTED, fontsize=9, va="bottom")
+    axes.annotate(where, (0, 1), xycoords="axes fraction", xytext=(0, 8), textcoords="offset points", color=MUTED, fontsize=9)
     marks = [
         Line2D([], [], color=MUTED, marker=marker, linestyle="", label=text, mfc="white" if text in memorised else MUTED)
         for marker, text in zip(MARKERS, dense, strict=False)

@@ -25,7 +25,7 @@ from gemma_opt.prompt import PromptEncoder, single_turn
 from gemma_opt.recipe import Calibration
 from gemma_opt.text import control_tokens
 
-BATCH = 32  # texts that are written side by side
+BATCH = 32  # texts that are written side by side, at most
 SHORTEST = 16  # tokens: less is no text
 QUESTION_SHARE = 4  # a question takes at most one in so many tokens of its window
 FRUITLESS = 4  # batches in a row without one text, after which the model is given up
@@ -69,12 +69,14 @@ class Author:
             yield from samples
 
     def _batch(self, section: Calibration, number: int) -> list[Sample]:
-        name = f"{section.seed}.{section.window_tokens}.{number}"
+        rows = min(BATCH, section.windows)
+        name = f"{section.seed}.{section.window_tokens}.{rows}.{number}"
         if (kept := self._store.load(name)) is None:
             device = weights_device(self._model)
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(section.seed * 1_000_003 + number)
-                texts = self._conversations(section) if self._processing.tokenizer.chat_template else self._documents(section)
+                write = self._conversations if self._processing.tokenizer.chat_template else self._documents
+                texts = write(rows, section.window_tokens)
             kept = {
                 f"{index:02}.{len(prompt)}": torch.tensor([[*prompt, *text]])
                 for index, (prompt, text) in enumerate(texts)
@@ -83,12 +85,12 @@ class Author:
             self._store.save(name, kept)
         return [Sample(kept[key], answer_tokens=kept[key].shape[1] - int(key.partition(".")[2])) for key in sorted(kept)]
 
-    def _documents(self, section: Calibration) -> list[tuple[Ids, Ids]]:
+    def _documents(self, rows: int, window: int) -> list[tuple[Ids, Ids]]:
         """What stands before each text, and the text."""
         begin = [self._model.config.get_text_config().bos_token_id]
-        return [(begin, text) for text in self._continued([begin] * BATCH, section.window_tokens - 1)]
+        return [(begin, text) for text in self._continued([begin] * rows, window - 1)]
 
-    def _conversations(self, section: Calibration) -> list[tuple[Ids, Ids]]:
+    def _conversations(self, rows: int, window: int) -> list[tuple[Ids, Ids]]:
         """Prompts, and the replies to them."""
         encoder = PromptEncoder(self._processing, CONTEXT)
 
@@ -97,12 +99,12 @@ class Author:
 
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(prompt_of("A"), prompt_of("b"), strict=False))
         opening = [token for token, _ in alike]  # all that stands before a user's words
-        written = self._continued([opening] * BATCH, section.window_tokens // QUESTION_SHARE)
+        written = self._continued([opening] * rows, window // QUESTION_SHARE)
         questions = [str(self._processing.tokenizer.decode(ids)).strip() for ids in written]
         prompts = [prompt_of(question) for question in questions if question]
         if not prompts:
             return []
-        room = section.window_tokens - max(map(len, prompts))
+        room = window - max(map(len, prompts))
         return list(zip(prompts, self._continued(prompts, room), strict=True))
 
     @torch.inference_mode()

@@ -123,8 +123,9 @@ def test_a_build_without_data_lets_the_model_write_it(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_who_cannot_write_is_told_so() -> None:
+def test_who_cannot_write_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="writes no text in windows of 8 tokens"):
-        written(section(tokens=8))
+        written(section(tokens=8), Author(shared_model(), processing(), Store(tmp_path / "work")))
+    assert not list(tmp_path.iterdir())
     with pytest.raises(RecipeError, match=r"calibration\.source: .*'self'"):
         draw_samples(section(), processing())

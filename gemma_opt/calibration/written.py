@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from gemma_opt.calibration.samples import CONTEXT, Sample
@@ -82,7 +83,8 @@ class Author:
                 for index, (prompt, text) in enumerate(texts)
                 if text and len(prompt) + len(text) >= SHORTEST
             }
-            self._store.save(name, kept)
+            if kept:
+                self._store.save(name, kept)
         return [Sample(kept[key], answer_tokens=kept[key].shape[1] - int(key.partition(".")[2])) for key in sorted(kept)]
 
     def _documents(self, rows: int, window: int) -> list[tuple[Ids, Ids]]:
@@ -112,10 +114,10 @@ class Author:
         """What the model writes after each prompt, up to its end, and at most so many tokens."""
         if most < 1:
             return [[] for _ in prompts]
-        longest = max(map(len, prompts))
-        device = weights_device(self._model)
-        ids = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
-        seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        rows = [torch.tensor(prompt, device=weights_device(self._model)) for prompt in prompts]
+        ids = pad_sequence(rows, batch_first=True, padding_side="left")
+        seen = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        longest = ids.shape[1]
         settings = GenerationConfig(
             max_new_tokens=most, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
             eos_token_id=self._stops, pad_token_id=self._stops[0],

@@ -38,6 +38,10 @@ SAMPLED = {
     **dict.fromkeys(("last_tokens", "last_positions", "tokens"), "i64"),
     **dict.fromkeys(("logits", "temperature", "top_p", "min_p"), "fp32"), "seen": "u8",
 }  # fmt: skip
+PLACED = {
+    **dict.fromkeys(("slots", "positions"), "i64"),
+    **dict.fromkeys(("partial", "query_norm", "key_norm", "cos", "sin"), "fp32"),
+}  # fmt: skip
 HEADS = {"heads": 8, "kv_heads": 4, "head_dim": 256, "length": 1024}
 
 Compile = Callable[[int], dict[str, int]]
@@ -104,7 +108,7 @@ def linear(
     kernel = triton_int4.int4_kernel if group else triton_linear._linear_kernel
 
     def build(capability: int) -> dict[str, int]:
-        tile, stages = fit(matrix, blocks, rows, dtype, SHARED_BYTES[capability], gated=gated)
+        tile, stages = fit(matrix, blocks, rows, dtype, SHARED_BYTES[capability])
         whole = {**constants, "block_rows": tile}
         return compiled(kernel, pointers, {"rows": "i32"}, whole, blocks.warps, stages)(capability)
 
@@ -117,10 +121,10 @@ def attention(dtype: torch.dtype) -> Compile:
     kind, block = ("bf16", triton_attention.BLOCK) if narrow else ("fp32", triton_attention.BLOCK // 2)
     return compiled(
         triton_attention._attend_kernel,
-        {"query": kind, "slots": "i64", "positions": "i64", "keys": kind, "values": kind, "most": "fp32", "total": "fp32",
-         "mixed": "fp32"},
-        {"scale": "fp32", "window": "i32"},
-        {**HEADS, "splits": 16, "operand": tl.bfloat16 if narrow else tl.float32, "block_heads": 16, "block_dim": 256,
+        {**PLACED, "keys": kind, "values": kind, "most": "fp32", "total": "fp32", "mixed": "fp32", "ended": "i32", "out": kind},
+        {"rows": "i32", "eps": "fp32", "scale": "fp32", "window": "i32"},
+        {**HEADS, "placed": False, "qkv_splits": 10, "block_half": 128, "block_shared": 2, "splits": 16,
+         "operand": tl.bfloat16 if narrow else tl.float32, "block_heads": 16, "block_dim": 256,
          "block": block, "threads": triton_attention.THREADS},
         warps=triton_attention.THREADS // 32, stages=2,
     )  # fmt: skip
@@ -156,14 +160,9 @@ KERNELS: dict[str, Compile] = {
     ),
     "attention": attention(torch.bfloat16),
     "attention of float32": attention(torch.float32),
-    "join": compiled(
-        triton_attention._join_kernel, {"most": "fp32", "total": "fp32", "mixed": "fp32", "out": "bf16"}, {},
-        {"head_dim": 256, "splits": 16, "block_dim": 256}, warps=4,
-    ),
     "place qkv": compiled(
         triton_layer._place_qkv_kernel,
-        {"partial": "fp32", "slots": "i64", "positions": "i64", "query_norm": "fp32", "key_norm": "fp32", "cos": "fp32",
-         "sin": "fp32", "query": "bf16", "keys": "bf16", "values": "bf16"},
+        {**PLACED, "query": "bf16", "keys": "bf16", "values": "bf16"},
         {"rows": "i32", "eps": "fp32"}, {**HEADS, "splits": 4, "block": 128}, warps=1,
     ),
     "add and norm": compiled(
@@ -222,4 +221,4 @@ def carried(folder: Path, name: str, target: int) -> list[bool]:
 if __name__ == "__main__":
     targets = [int(argument) for argument in sys.argv[2:]]
     needs = {f"{name} sm_{target}": build(target) for target in targets for name, build in KERNELS.items()}
-    json.dump({"needs": needs, "cache_hits": carried(Path(sys.argv[1]), "join", targets[0])}, sys.stdout)
+    json.dump({"needs": needs, "cache_hits": carried(Path(sys.argv[1]), "embed", targets[0])}, sys.stdout)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from benchmarks.gpu.common import DEVICE, Results, copy_gb_s, reset_peak
 from benchmarks.synthetic import random_linear, text_config
 from gemma_opt.engine.kernels.triton_attention import Scratch, attend
+from gemma_opt.engine.kernels.triton_layer import Heads, place_qkv
 from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, Matrix, multiply
 from gemma_opt.engine.kernels.triton_matrices import arrange, matrix_of
 from gemma_opt.engine.kernels.triton_tuning import Tuning, time_captured
@@ -119,30 +120,41 @@ def attention(heads: int, kv_heads: int, head_dim: int, tokens: int, window: int
     """16 slots, the last at position `tokens` − 1: error against float64, and whether a row's bits depend on the others."""
     length = min(tokens, window) if window else tokens
     keys, values = (torch.randn(FEW_ROWS, kv_heads, length, head_dim, device=DEVICE).to(torch.bfloat16) for _ in range(2))
-    query = torch.randn(FEW_ROWS, heads, head_dim, device=DEVICE).to(torch.bfloat16)
+    partial = torch.randn(4, FEW_ROWS, (heads + 2 * kv_heads) * head_dim, device=DEVICE)
+    norms = torch.rand(2, head_dim, device=DEVICE) + 0.5
+    angles = torch.rand(tokens, head_dim // 2, device=DEVICE) * 6
     slots = torch.arange(FEW_ROWS, device=DEVICE)
     positions = torch.linspace(0, tokens - 1, FEW_ROWS, device=DEVICE).long()
-    scratch = Scratch.empty(FEW_ROWS, heads, head_dim, DEVICE)
+    query = torch.empty(FEW_ROWS, heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    placed_keys, placed_values = keys.clone(), values.clone()
+
+    def given(rows: int) -> Heads:
+        part = partial[:, :rows].contiguous()
+        return Heads(part, slots[:rows], positions[:rows], norms[0], norms[1], angles.cos(), angles.sin(), 1e-6)
+
+    whole = given(FEW_ROWS)
+    place_qkv(whole, query, placed_keys, placed_values)
+    scratch = Scratch.empty(FEW_ROWS, heads, kv_heads, head_dim, DEVICE)
     out = torch.full((FEW_ROWS, heads * head_dim), float("nan"), dtype=torch.bfloat16, device=DEVICE)
 
-    def launch(rows: int) -> None:
-        attend(
-            query[:rows], slots[:rows], positions[:rows], keys, values, out[:rows], scratch, scale=head_dim**-0.5, window=window
-        )
+    def launch(heads: Heads) -> None:
+        rows = len(heads.slots)
+        attend(heads, keys, values, out[:rows], scratch, scale=head_dim**-0.5, window=window, placed=False)
 
-    launch(FEW_ROWS)
+    launch(whole)
+    stored = torch.equal(keys, placed_keys) and torch.equal(values, placed_values)
     meant = torch.stack([one_row(query[row], keys[row], values[row], int(positions[row]), window) for row in range(FEW_ROWS)])
     error = float((out.double().view_as(meant) - meant).norm() / meant.norm())
     together = out.clone()
     out.fill_(float("nan"))
-    launch(3)
+    launch(given(3))
     same = torch.equal(out[:3], together[:3])
-    if not same or not error < 2e-2:
-        raise RuntimeError(f"attention at {tokens}: error {error}, same bits {same}")
+    if not stored or not same or not error < 2e-2:
+        raise RuntimeError(f"attention at {tokens}: error {error}, same bits {same}, stored as place_qkv does {stored}")
     return {
         "relative_error": error,
         "bits_independent_of_rows": same,
-        "seconds_16_rows": time_captured(lambda: launch(FEW_ROWS)),
+        "seconds_16_rows": time_captured(lambda: launch(whole)),
     }
 
 

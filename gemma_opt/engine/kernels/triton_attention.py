@@ -1,10 +1,12 @@
 # pyright: basic, reportCallIssue=false
 # Kernel bodies are Triton's language in Python's clothes, and launches take options that no signature shows.
-"""Decode attention over static caches: each row sees its own slot up to its own position, and nothing else is read.
+"""Decode attention over static caches, from the qkv product to what the heads read: one launch.
 
-A row's valid positions are cut into blocks, the blocks into `splits` runs by a rule that knows the row's position alone,
-so a result depends neither on neighbours nor on the batch. A program takes one run for all query heads that share one
-KV head; a second kernel joins the runs in order. Source of the two stages: Flash-Decoding (Dao et al. 2023).
+A row sees its own slot up to its own position, and nothing else is read. Its valid positions are cut into blocks, the blocks
+into runs by a rule that knows the row's position alone, so a result depends neither on neighbours nor on the batch. A program
+takes one run for all query heads that share one KV head; it makes their queries itself, and that of the last run the new key
+and value. The program of a row and KV head that ends last joins the runs, in order. Source of the two stages: Flash-Decoding
+(Dao et al. 2023).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gemma_opt.engine.kernels.triton_layer import Heads, load_halves, norm_and_rotate, sum_halves
 from gemma_opt.engine.kernels.triton_linear import operand_of
 from gemma_opt.engine.kernels.triton_overlap import overlaps, prefetch, wait_for_input
 
@@ -39,37 +42,71 @@ def _prefetch_block(keys, values, base, first, last, length: tl.constexpr, head_
 
 
 @triton.jit
-def _attend_kernel(query, slots, positions, keys, values, most, total, mixed, scale, window, heads: tl.constexpr,
+def _attend_kernel(partial, rows, slots, positions, query_norm, key_norm, cos, sin, eps, keys, values, most, total, mixed,
+                   ended, out, scale, window, placed: tl.constexpr, qkv_splits: tl.constexpr, heads: tl.constexpr,
                    kv_heads: tl.constexpr, head_dim: tl.constexpr, length: tl.constexpr, splits: tl.constexpr,
-                   operand: tl.constexpr, block_heads: tl.constexpr, block_dim: tl.constexpr, block: tl.constexpr,
-                   early: tl.constexpr, threads: tl.constexpr):  # fmt: skip
+                   operand: tl.constexpr, block_shared: tl.constexpr, block_heads: tl.constexpr, block_half: tl.constexpr,
+                   block_dim: tl.constexpr, block: tl.constexpr, early: tl.constexpr, threads: tl.constexpr):  # fmt: skip
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    dtype: tl.constexpr = out.dtype.element_ty
+    all_heads: tl.constexpr = heads + 2 * kv_heads
     shared: tl.constexpr = heads // kv_heads
+    half: tl.constexpr = head_dim // 2
     h = tl.arange(0, block_heads)
     d = tl.arange(0, block_dim)
-    end = tl.load(positions + row).to(tl.int32) + 1
-    begin = tl.maximum(end - window, 0)
-    run = (tl.cdiv(end - begin, block) + splits - 1) // splits * block
+    low_d = tl.arange(0, block_half)
+    position = tl.load(positions + row).to(tl.int32)
+    begin = tl.maximum(position + 1 - window, 0)
+    run = (tl.cdiv(position + 1 - begin, block) + splits - 1) // splits * block
     first = begin + split * run
-    last = tl.minimum(first + run, end)
-    some = first < last
+    last = tl.minimum(first + run, position + 1)
     base = (tl.load(slots + row).to(tl.int64) * kv_heads + kv_head) * length
     if early:  # what other steps left in the cache is under way before this one's queries are there
         _prefetch_block(keys, values, base, first, last, length, head_dim, block, threads)
+    always = tl.full((1, 1), True, tl.int1)
+    norm_low, norm_high = load_halves(query_norm, always, head_dim, block_half)
+    c = tl.load(cos + position * half + low_d, mask=low_d < half, other=0.0)[None, :]
+    s = tl.load(sin + position * half + low_d, mask=low_d < half, other=0.0)[None, :]
     wait_for_input(early)
-    q_place = (row * heads + kv_head * shared + h)[:, None] * head_dim + d[None, :]
-    q_mask = (h[:, None] < shared) & (d[None, :] < head_dim)
-    q = tl.load(query + q_place, mask=q_mask, other=0.0).to(operand)
+    if first > position:
+        return
+    low, high = sum_halves(partial, row, rows, kv_head * shared + h, h < shared, dtype, qkv_splits, all_heads, head_dim,
+                           block_half)  # fmt: skip
+    low, high = norm_and_rotate(low, high, norm_low, norm_high, c, s, eps, head_dim)
     top = tl.full((block_heads,), float("-inf"), tl.float32)
     weight = tl.zeros((block_heads,), tl.float32)
     acc = tl.zeros((block_heads, block_dim), tl.float32)
+    if not placed and last > position:  # the run of the row's own position, whose key and value come from here
+        one = tl.arange(0, 1)
+        key_low, key_high = sum_halves(partial, row, rows, heads + kv_head + one, one == 0, dtype, qkv_splits, all_heads,
+                                       head_dim, block_half)  # fmt: skip
+        key_norms = load_halves(key_norm, always, head_dim, block_half)
+        key_low, key_high = norm_and_rotate(key_low, key_high, key_norms[0], key_norms[1], c, s, eps, head_dim)
+        value = tl.zeros((block_dim,), tl.float32)
+        for part in tl.static_range(qkv_splits):
+            at = ((part * rows + row) * all_heads + heads + kv_heads + kv_head) * head_dim
+            value += tl.load(partial + at + d, mask=d < head_dim, other=0.0)
+        value = value.to(dtype)
+        place = (base + position % length) * head_dim
+        tl.store(keys + place + low_d[None, :], key_low, mask=low_d[None, :] < half)
+        tl.store(keys + place + half + low_d[None, :], key_high, mask=low_d[None, :] < half)
+        tl.store(values + place + d, value, mask=d < head_dim)
+        products = low.to(tl.float32) * key_low.to(tl.float32) + high.to(tl.float32) * key_high.to(tl.float32)
+        top = tl.sum(products, 1) * scale
+        weight += 1.0
+        acc += value.to(tl.float32)[None, :]
+        last = position
+    low, high = low.to(operand), high.to(operand)
     while first < last:
         p = first + tl.arange(0, block)
-        place = (base + p % length)[:, None] * head_dim + d[None, :]
-        mask = (p[:, None] < last) & (d[None, :] < head_dim)
-        k = tl.load(keys + place, mask=mask, other=0.0).to(operand)
-        v = tl.load(values + place, mask=mask, other=0.0).to(operand)  # under way while the scores are computed
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        place = (base + p % length)[:, None] * head_dim
+        mask = p[:, None] < last
+        low_mask = mask & (low_d[None, :] < half)
+        k_low = tl.load(keys + place + low_d[None, :], mask=low_mask, other=0.0).to(operand)
+        k_high = tl.load(keys + place + half + low_d[None, :], mask=low_mask, other=0.0).to(operand)
+        v = tl.load(values + place + d[None, :], mask=mask & (d[None, :] < head_dim), other=0.0).to(operand)
+        scores = tl.dot(low, tl.trans(k_low), input_precision="ieee")
+        scores = tl.dot(high, tl.trans(k_high), scores, input_precision="ieee") * scale
         scores = tl.where(p[None, :] < last, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shares = tl.exp(scores - new_top[:, None])
@@ -79,65 +116,81 @@ def _attend_kernel(query, slots, positions, keys, values, most, total, mixed, sc
         top = new_top
         first += block
     # [rows, heads, splits], and with head_dim behind
-    at = (row * heads + kv_head * shared + h) * splits + split
-    tl.store(most + at, top, mask=h < shared)
-    tl.store(total + at, weight, mask=h < shared)
-    if some:  # the join leaves empty runs out
-        tl.store(mixed + at[:, None] * head_dim + d[None, :], acc, mask=q_mask)
+    head = row * heads + kv_head * shared + h
+    tl.store(most + head * splits + split, top, mask=h < shared)
+    tl.store(total + head * splits + split, weight, mask=h < shared)
+    tl.store(mixed + (head * splits + split)[:, None] * head_dim + d[None, :], acc,
+             mask=(h[:, None] < shared) & (d[None, :] < head_dim))  # fmt: skip
+    tl.debug_barrier()  # all threads have stored before one says so
+    runs = tl.cdiv(position + 1 - begin, run)
+    if tl.atomic_add(ended + row * kv_heads + kv_head, 1, sem="acq_rel") == runs - 1:
+        tl.store(ended + row * kv_heads + kv_head, 0)  # for the next launch
+        _join_runs(most, total, mixed, out, row * heads + kv_head * shared, runs, shared, head_dim, splits, block_shared,
+                   block_dim)  # fmt: skip
 
 
 @triton.jit
-def _join_kernel(most, total, mixed, out, head_dim: tl.constexpr, splits: tl.constexpr, block_dim: tl.constexpr,
-                 early: tl.constexpr):  # fmt: skip
-    wait_for_input(early)
-    at = tl.program_id(0)  # row · heads + head
+def _join_runs(most, total, mixed, out, first_head, runs, shared: tl.constexpr, head_dim: tl.constexpr, splits: tl.constexpr,
+               block_shared: tl.constexpr, block_dim: tl.constexpr):  # fmt: skip
+    """Of the heads that share a KV head. Reads past the first cache, which may hold what another launch had left there."""
+    h = tl.minimum(tl.arange(0, block_shared), shared - 1)  # the last one again instead of heads that are not there
+    s = tl.arange(0, splits)[None, :]
     d = tl.arange(0, block_dim)
-    s = tl.arange(0, splits)
-    top = tl.load(most + at * splits + s)
-    factor = tl.exp(top - tl.max(top, 0))
-    norm = tl.sum(factor * tl.load(total + at * splits + s), 0)
-    mask = (factor[:, None] > 0) & (d[None, :] < head_dim)
-    parts = tl.load(mixed + (at * splits + s)[:, None] * head_dim + d[None, :], mask=mask, other=0.0)
-    y = tl.sum(factor[:, None] * parts, 0) / norm
-    tl.store(out + at * head_dim + d, y.to(out.dtype.element_ty), mask=d < head_dim)
+    at = (first_head + h)[:, None] * splits + s
+    ended = s < runs
+    top = tl.load(most + at, mask=ended, other=float("-inf"), cache_modifier=".cg")
+    sums = tl.load(total + at, mask=ended, other=0.0, cache_modifier=".cg")
+    inside = ended[:, :, None] & (d[None, None, :] < head_dim)
+    parts = tl.load(mixed + at[:, :, None] * head_dim + d[None, None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    factor = tl.exp(top - tl.max(top, 1)[:, None])
+    y = tl.sum(factor[:, :, None] * parts, 1) / tl.sum(factor * sums, 1)[:, None]
+    place = out + (first_head + h)[:, None] * head_dim + d[None, :]
+    tl.store(place, y.to(out.dtype.element_ty), mask=d[None, :] < head_dim)
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """What the runs leave for the join, float32: greatest score and sum [rows, heads, SPLITS], mix [.., SPLITS, head_dim]."""
+    """What the runs leave for the join.
+
+    Float32: greatest score and sum [rows, heads, SPLITS], mix [rows, heads, SPLITS, head_dim]. ended: int32 [rows, kv_heads],
+    the runs that have ended; zeros between launches.
+    """
 
     most: Tensor
     total: Tensor
     mixed: Tensor
+    ended: Tensor
 
     @staticmethod
-    def empty(rows: int, heads: int, head_dim: int, device: torch.device) -> Scratch:
+    def empty(rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Scratch:
         """For up to `rows` rows."""
         sizes = (rows, heads, SPLITS)
         return Scratch(
-            torch.empty(sizes, device=device), torch.empty(sizes, device=device), torch.empty(*sizes, head_dim, device=device)
-        )
+            torch.empty(sizes, device=device), torch.empty(sizes, device=device),
+            torch.empty(*sizes, head_dim, device=device), torch.zeros(rows, kv_heads, dtype=torch.int32, device=device),
+        )  # fmt: skip
 
 
-def attend(query: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor, out: Tensor, scratch: Scratch,
-           *, scale: float, window: int | None) -> None:  # fmt: skip
+def attend(given: Heads, keys: Tensor, values: Tensor, out: Tensor, scratch: Scratch, *, scale: float, window: int | None,
+           placed: bool) -> None:  # fmt: skip
     """out [rows, heads · head_dim] = softmax(query · keysᵀ · scale) · values over positions (p − window, p], p the row's own.
 
-    query: [rows, heads, head_dim]. keys, values: [slots, kv_heads, length, head_dim], position p at p modulo length; the
-    row's own position is stored already. slots, positions: int64 [rows], positions ≥ 0. window None: all positions.
+    keys, values: [slots, kv_heads, length, head_dim], position p at p modulo length. window None: all positions. placed:
+    `place_qkv` has stored the rows' keys and values; else that is done here, and no two rows may be of one slot unless they
+    are the same.
     """
-    rows, heads, head_dim = query.shape
-    _, kv_heads, length, _ = keys.shape
-    early = overlaps(query)
-    block_dim = triton.next_power_of_2(head_dim)
-    block = BLOCK if query.dtype.itemsize == 2 else BLOCK // 2  # float32 keys and values have to fit an L40S too
+    splits, rows, _ = given.partial.shape
+    _, kv_heads, length, head_dim = keys.shape
+    heads = out.shape[1] // head_dim
+    early = overlaps(out)
+    block_shared = triton.next_power_of_2(heads // kv_heads)
     _attend_kernel[(rows, kv_heads, SPLITS)](
-        query, slots, positions, keys, values, scratch.most, scratch.total, scratch.mixed, scale,
-        length if window is None else window, heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=length, splits=SPLITS,
-        operand=operand_of(query.dtype), block_heads=max(16, triton.next_power_of_2(heads // kv_heads)), block_dim=block_dim,
-        block=block, early=early, threads=THREADS, num_warps=THREADS // 32, num_stages=2, launch_pdl=early,
-    )  # fmt: skip
-    _join_kernel[(rows * heads,)](
-        scratch.most, scratch.total, scratch.mixed, out, head_dim=head_dim, splits=SPLITS, block_dim=block_dim, num_warps=4,
-        early=early, launch_pdl=early,
+        given.partial, rows, given.slots, given.positions, given.query_norm, given.key_norm, given.cos, given.sin, given.eps,
+        keys, values, scratch.most, scratch.total, scratch.mixed, scratch.ended, out, scale,
+        length if window is None else window, placed=placed, qkv_splits=splits, heads=heads, kv_heads=kv_heads,
+        head_dim=head_dim, length=length, splits=SPLITS, operand=operand_of(out.dtype), block_shared=block_shared,
+        block_heads=max(16, block_shared), block_half=max(16, triton.next_power_of_2(head_dim // 2)),
+        block_dim=triton.next_power_of_2(head_dim),
+        block=BLOCK if out.dtype.itemsize == 2 else BLOCK // 2,  # float32 keys and values have to fit an L40S too
+        early=early, threads=THREADS, num_warps=THREADS // 32, num_stages=2, launch_pdl=early,
     )  # fmt: skip

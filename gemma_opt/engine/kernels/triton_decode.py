@@ -1,6 +1,6 @@
 """The decode step on a GPU: Triton kernels over the packed weights and the static cache, in buffers allocated once.
 
-A layer is nine launches: qkv; norm, rope, store; attention, its join; o; add and norm; gate, up and GELU; down; add and norm.
+A layer is seven launches: qkv; attention; o; add and norm; gate, up and GELU; down; add and norm.
 Nothing is allocated and nothing waits for the host, so the step can be captured in a CUDA graph, and a row's logits do not
 depend on the other rows (up to 16 of them). Runs on the CPU too under Triton's interpreter (TRITON_INTERPRET=1): for tests.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional
 from gemma_opt.engine.cache import KvCache, LayerCache
 from gemma_opt.engine.kernels import triton_attention
 from gemma_opt.engine.kernels.triton_grid import settle
-from gemma_opt.engine.kernels.triton_layer import add_norm, embed, place_qkv
+from gemma_opt.engine.kernels.triton_layer import Heads, add_norm, embed, place_qkv
 from gemma_opt.engine.kernels.triton_linear import Matrix, blocks_for, multiply
 from gemma_opt.engine.kernels.triton_matrices import TritonLinear, matrix_of, uses_of
 from gemma_opt.engine.kernels.triton_tuning import Tuning
@@ -28,7 +28,7 @@ class TritonDecode:
     """A `DecodeStep` over given weights and cache.
 
     A call may have as many rows as the cache's slots and slack allow. The logits returned lie in a buffer that the next call
-    overwrites. Quantized inputs take one launch more a product, low rank two.
+    overwrites. Quantized inputs take one launch more a product, low rank two, rows that guess one more a layer.
     """
 
     def __init__(self, weights: TextWeights, cache: KvCache, rope: RopeTables, tuning: Tuning) -> None:
@@ -61,16 +61,16 @@ class TritonDecode:
     def _attention(self, layer: LayerWeights, cache: LayerCache, normed: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """What the heads read: [rows, heads · head_dim]. The rows' keys and values are in the cache then."""
         buffers, shape, rows = self._buffers, self._weights.shape, normed.shape[0]
-        query, out = buffers.query[:rows], buffers.attended[:rows]
         cos, sin = self._rope.sliding if layer.sliding else self._rope.full
-        place_qkv(
-            self._multiply(layer.qkv, normed), slots, positions, layer.query_norm, layer.key_norm, cos, sin,
-            query, cache.keys, cache.values, eps=shape.eps,
-        )  # fmt: skip
+        out, placed = buffers.attended[:rows], self._cache.slack > 0  # rows of one slot read each other's keys
+        partial = self._multiply(layer.qkv, normed)
+        given = Heads(partial, slots, positions, layer.query_norm, layer.key_norm, cos, sin, shape.eps)
+        if placed:
+            place_qkv(given, buffers.query[:rows], cache.keys, cache.values)
+        window = shape.window if layer.sliding else None
         triton_attention.attend(
-            query, slots, positions, cache.keys, cache.values, out, buffers.scratch,
-            scale=shape.attention_scale, window=shape.window if layer.sliding else None,
-        )  # fmt: skip
+            given, cache.keys, cache.values, out, buffers.scratch, scale=shape.attention_scale, window=window, placed=placed
+        )
         return out
 
     def _add_norm(self, partial: Tensor, post_norm: Tensor, residual: Tensor, next_norm: Tensor, normed: Tensor) -> None:
@@ -118,7 +118,7 @@ class _Buffers:
         self.normed = empty(rows, shape.hidden, like=dtype)
         self.query = empty(rows, shape.heads, shape.head_dim, like=dtype)
         self.attended = empty(rows, shape.heads * shape.head_dim, like=dtype)
-        self.scratch = triton_attention.Scratch.empty(rows, shape.heads, shape.head_dim, device)
+        self.scratch = triton_attention.Scratch.empty(rows, shape.heads, shape.kv_heads, shape.head_dim, device)
         self._gated = empty(rows * max((matrix.out_features // 2 for matrix, gated in uses if gated), default=0), like=dtype)
         widths = (matrix.out_features * tuning.blocks(matrix).splits for matrix, gated in uses if not gated)
         self._partial = empty(rows * max(widths, default=0))

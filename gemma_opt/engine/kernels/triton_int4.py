@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from gemma_opt.engine.kernels.triton_overlap import start_next, wait
-from gemma_opt.engine.kernels.triton_tiles import begin_tile, finish_tile
+from gemma_opt.engine.kernels.triton_tiles import begin_tile, finish_tile, outputs_of_tile
 
 
 @triton.jit
@@ -42,14 +42,14 @@ def _nibbles(packed, operand: tl.constexpr):
 
 
 @triton.jit
-def _scaled(nibbles, steps, first_group, o, out_features, stride: tl.constexpr, groups: tl.constexpr, group: tl.constexpr,
+def _scaled(nibbles, steps, first_group, o, inside, stride: tl.constexpr, groups: tl.constexpr, group: tl.constexpr,
             operand: tl.constexpr, block_out: tl.constexpr):  # fmt: skip
     """(nibble - zero) · scale. nibbles: [outputs, groups · group], with 128 added, as the zero points have.
 
     The difference is exact, and its product rounded once, as in a dequantized bfloat16 matrix.
     """
     g = first_group + tl.arange(0, groups)
-    words = tl.load(steps + g[None, :] * stride + o[:, None], mask=o[:, None] < out_features, other=0)
+    words = tl.load(steps + g[None, :] * stride + o[:, None], mask=inside[:, None], other=0)
     if operand == tl.bfloat16:
         s = words.to(tl.int16).to(tl.bfloat16, bitcast=True)
         z = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -68,26 +68,23 @@ def int4_kernel(x, x_scale, weight, scale, out, rows, out_features: tl.constexpr
                  early: tl.constexpr, row_bytes: tl.constexpr, ahead: tl.constexpr, threads: tl.constexpr):  # fmt: skip
     """One tile of out: [splits, rows, out_features], as in `triton_linear`. scale: the steps of `Int4Halves`."""
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    o = tl.program_id(1) * block_out + tl.arange(0, block_out)
+    o, inside = outputs_of_tile(out_features, gated, block_out)
     split = tl.program_id(2)
     blocks: tl.constexpr = row_bytes // half
     steps: tl.constexpr = (blocks + splits - 1) // splits
     even: tl.constexpr = blocks % splits == 0 and in_features == 2 * row_bytes
     groups: tl.constexpr = half // group
     stride: tl.constexpr = 2 * out_features if gated else out_features
-    w_mask = o[:, None] < out_features
     r_mask = r[None, :] < rows
     acc = tl.zeros((block_out, block_rows), tl.float32)
     acc_high = tl.zeros((block_out, block_rows), tl.float32)  # apart: products that need not wait for each other
-    above = tl.zeros((block_out, block_rows), tl.float32)
-    above_high = tl.zeros((block_out, block_rows), tl.float32)
-    if steps == 1 and even and not gated:  # all of a program's weights are under way before it waits
+    if steps == 1 and even:  # all of a program's weights are under way before it waits
         start_next(early)
         first = 2 * groups * split
         place = o[:, None].to(tl.int64) * row_bytes + (split * half + tl.arange(0, half))[None, :]
-        low, high = _nibbles(tl.load(weight + place, mask=w_mask, other=0), operand)
-        low = _scaled(low, scale, first, o, out_features, stride, groups, group, operand, block_out)
-        high = _scaled(high, scale, first + groups, o, out_features, stride, groups, group, operand, block_out)
+        low, high = _nibbles(tl.load(weight + place, mask=inside[:, None], other=0), operand)
+        low = _scaled(low, scale, first, o, inside, stride, groups, group, operand, block_out)
+        high = _scaled(high, scale, first + groups, o, inside, stride, groups, group, operand, block_out)
         wait(early)
         k = 2 * half * split + tl.arange(0, half)
         low_values = tl.load(x + r[None, :] * in_features + k[:, None], mask=r_mask, other=0.0).to(operand)
@@ -109,19 +106,13 @@ def int4_kernel(x, x_scale, weight, scale, out, rows, out_features: tl.constexpr
             high_values = tl.load(x + r[None, :] * in_features + high_k[:, None], mask=high_mask, other=0.0).to(operand)
             place = o[:, None].to(tl.int64) * row_bytes + (block * half + tl.arange(0, half))[None, :]
             first = 2 * groups * block
-            low, high = _nibbles(tl.load(weight + place, mask=w_mask, other=0), operand)
-            low = _scaled(low, scale, first, o, out_features, stride, groups, group, operand, block_out)
-            high = _scaled(high, scale, first + groups, o, out_features, stride, groups, group, operand, block_out)
+            low, high = _nibbles(tl.load(weight + place, mask=inside[:, None], other=0), operand)
+            low = _scaled(low, scale, first, o, inside, stride, groups, group, operand, block_out)
+            high = _scaled(high, scale, first + groups, o, inside, stride, groups, group, operand, block_out)
             acc = tl.dot(low, low_values, acc, input_precision="ieee")
             acc_high = tl.dot(high, high_values, acc_high, input_precision="ieee")
-            if gated:
-                low, high = _nibbles(tl.load(weight + out_features * row_bytes + place, mask=w_mask, other=0), operand)
-                shifted = scale + out_features
-                low = _scaled(low, shifted, first, o, out_features, stride, groups, group, operand, block_out)
-                high = _scaled(high, shifted, first + groups, o, out_features, stride, groups, group, operand, block_out)
-                above = tl.dot(low, low_values, above, input_precision="ieee")
-                above_high = tl.dot(high, high_values, above_high, input_precision="ieee")
-    finish_tile(acc + acc_high, above + above_high, out, x_scale, r, o, split, rows, out_features, gated, has_x_scale)
+    acc = acc + acc_high
+    finish_tile(acc, out, x_scale, r, split, rows, out_features, gated, has_x_scale, block_out, block_rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -134,11 +125,11 @@ def dequantize_kernel(weight, scale, out, rows, stride: tl.constexpr, in_feature
     j = tl.arange(0, half)
     groups: tl.constexpr = half // group
     row = o[:, None].to(tl.int64)
-    inside = o[:, None] < rows
-    low, high = _nibbles(tl.load(weight + row * row_bytes + block * half + j[None, :], mask=inside, other=0), operand)
-    low = _scaled(low, scale, 2 * groups * block, o, rows, stride, groups, group, operand, block_out)
-    high = _scaled(high, scale, 2 * groups * block + groups, o, rows, stride, groups, group, operand, block_out)
+    inside = o < rows
+    low, high = _nibbles(tl.load(weight + row * row_bytes + block * half + j[None, :], mask=inside[:, None], other=0), operand)
+    low = _scaled(low, scale, 2 * groups * block, o, inside, stride, groups, group, operand, block_out)
+    high = _scaled(high, scale, 2 * groups * block + groups, o, inside, stride, groups, group, operand, block_out)
     place = out + row * in_features + 2 * half * block + j[None, :]
     left = in_features - 2 * half * block - j[None, :]
-    tl.store(place, low.to(out.dtype.element_ty), mask=inside & (left > 0))
-    tl.store(place + half, high.to(out.dtype.element_ty), mask=inside & (left > half))
+    tl.store(place, low.to(out.dtype.element_ty), mask=inside[:, None] & (left > 0))
+    tl.store(place + half, high.to(out.dtype.element_ty), mask=inside[:, None] & (left > half))

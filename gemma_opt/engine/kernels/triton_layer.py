@@ -8,6 +8,8 @@ separate modules would round to the activations' dtype, these round too.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -61,47 +63,72 @@ def _store_normed(x, factor, normed, row, d, inside, eps, hidden: tl.constexpr):
 
 
 @triton.jit
+def sum_halves(partial, row, rows, head, mask, dtype: tl.constexpr, splits: tl.constexpr, heads: tl.constexpr,
+               head_dim: tl.constexpr, block: tl.constexpr):  # fmt: skip
+    """Heads `head` [n] of a row of partial [splits, rows, heads · head_dim], added up and rounded: two halves [n, block]."""
+    half: tl.constexpr = head_dim // 2
+    d = tl.arange(0, block)
+    inside = mask[:, None] & (d[None, :] < half)
+    at = partial + (row * heads + head)[:, None] * head_dim + d[None, :]
+    low = tl.zeros((head.shape[0], block), tl.float32)
+    high = tl.zeros((head.shape[0], block), tl.float32)
+    for split in tl.static_range(splits):
+        low += tl.load(at + split * rows * heads * head_dim, mask=inside, other=0.0)
+        high += tl.load(at + split * rows * heads * head_dim + half, mask=inside, other=0.0)
+    return low.to(dtype), high.to(dtype)
+
+
+@triton.jit
+def load_halves(vector, mask, head_dim: tl.constexpr, block: tl.constexpr):
+    """The halves [1, block] of a vector [head_dim] where mask [1, 1] is set, else zeros."""
+    d = tl.arange(0, block)[None, :]
+    inside = mask & (d < head_dim // 2)
+    return tl.load(vector + d, mask=inside, other=0.0), tl.load(vector + head_dim // 2 + d, mask=inside, other=0.0)
+
+
+@triton.jit
+def norm_and_rotate(low, high, norm_low, norm_high, cos, sin, eps, head_dim: tl.constexpr):
+    """RMSNorm, then RoPE by cos and sin [1, block], of heads in halves [n, block], rounded to their dtype after each."""
+    dtype: tl.constexpr = low.dtype
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    factor = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / head_dim + eps)[:, None]
+    first = (low * factor * norm_low).to(dtype).to(tl.float32)
+    second = (high * factor * norm_high).to(dtype).to(tl.float32)
+    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+
+
+@triton.jit
 def _place_qkv_kernel(partial, rows, slots, positions, query_norm, key_norm, cos, sin, query, keys, values, eps,
                       splits: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr,
                       length: tl.constexpr, block: tl.constexpr, early: tl.constexpr):  # fmt: skip
     """One head of one row: query heads first, then key heads, then value heads."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row = tl.program_id(0)
+    head = tl.program_id(1) + tl.arange(0, 1)
     half: tl.constexpr = head_dim // 2
-    d = tl.arange(0, block)
-    inside = d < half
-    is_query, is_value = head < heads, head >= heads + kv_heads
-    is_key = (head >= heads) & (head < heads + kv_heads)
-    norm_low = tl.load(query_norm + d, mask=inside & is_query, other=0.0) + tl.load(
-        key_norm + d, mask=inside & is_key, other=0.0
-    )
-    norm_high = tl.load(query_norm + half + d, mask=inside & is_query, other=0.0) + tl.load(
-        key_norm + half + d, mask=inside & is_key, other=0.0
-    )
+    d = tl.arange(0, block)[None, :]
+    is_query, is_value = (head < heads)[:, None], (head >= heads + kv_heads)[:, None]
+    is_key = (is_query | is_value) ^ True
+    query_norms = load_halves(query_norm, is_query, head_dim, block)
+    key_norms = load_halves(key_norm, is_key, head_dim, block)
     wait_for_input(early)
-    low = tl.zeros((block,), tl.float32)
-    high = tl.zeros((block,), tl.float32)
-    for split in tl.static_range(splits):
-        at = partial + ((split * rows + row) * (heads + 2 * kv_heads) + head) * head_dim + d
-        low += tl.load(at, mask=inside, other=0.0)
-        high += tl.load(at + half, mask=inside, other=0.0)
-    low = low.to(query.dtype.element_ty).to(tl.float32)
-    high = high.to(query.dtype.element_ty).to(tl.float32)
-    factor = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / head_dim + eps)
-    first = (low * factor * norm_low).to(query.dtype.element_ty).to(tl.float32)
-    second = (high * factor * norm_high).to(query.dtype.element_ty).to(tl.float32)
+    low, high = sum_halves(partial, row, rows, head, head >= 0, query.dtype.element_ty, splits, heads + 2 * kv_heads, head_dim,
+                           block)  # fmt: skip
     position = tl.load(positions + row)
-    c = tl.load(cos + position * half + d, mask=inside, other=0.0)
-    s = tl.load(sin + position * half + d, mask=inside, other=0.0)
-    low = tl.where(is_value, low, first * c - second * s).to(query.dtype.element_ty)
-    high = tl.where(is_value, high, second * c + first * s).to(query.dtype.element_ty)
-    at = query + (row * heads + head) * head_dim + d
+    c = tl.load(cos + position * half + d, mask=d < half, other=0.0)
+    s = tl.load(sin + position * half + d, mask=d < half, other=0.0)
+    first, second = norm_and_rotate(
+        low, high, query_norms[0] + key_norms[0], query_norms[1] + key_norms[1], c, s, eps, head_dim
+    )
+    low, high = tl.where(is_value, low, first), tl.where(is_value, high, second)
+    inside = d < half
+    at = query + (row * heads + head)[:, None] * head_dim + d
     tl.store(at, low, mask=inside & is_query)
     tl.store(at + half, high, mask=inside & is_query)
     place = (tl.load(slots + row) * kv_heads * length + position % length) * head_dim + d
-    at = keys + place + (head - heads) * length * head_dim
+    at = keys + place + (head - heads)[:, None] * length * head_dim
     tl.store(at, low, mask=inside & is_key)
     tl.store(at + half, high, mask=inside & is_key)
-    at = values + place + (head - heads - kv_heads) * length * head_dim
+    at = values + place + (head - heads - kv_heads)[:, None] * length * head_dim
     tl.store(at, low, mask=inside & is_value)
     tl.store(at + half, high, mask=inside & is_value)
 
@@ -129,19 +156,35 @@ def add_norm(partial: Tensor, post_norm: Tensor, residual: Tensor, next_norm: Te
     )  # fmt: skip
 
 
-def place_qkv(partial: Tensor, slots: Tensor, positions: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor,
-              sin: Tensor, query: Tensor, keys: Tensor, values: Tensor, *, eps: float) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class Heads:
+    """What becomes queries, keys and values.
+
+    partial: [splits, rows, (heads + 2 · kv_heads) · head_dim], whose sum is the qkv product. slots, positions: int64 [rows].
+    query_norm, key_norm: [head_dim]. cos, sin: float32 [positions, head_dim / 2]. eps: of the norms.
+    """
+
+    partial: Tensor
+    slots: Tensor
+    positions: Tensor
+    query_norm: Tensor
+    key_norm: Tensor
+    cos: Tensor
+    sin: Tensor
+    eps: float
+
+
+def place_qkv(given: Heads, query: Tensor, keys: Tensor, values: Tensor) -> None:
     """Norm and rotate queries and keys; queries go to query [rows, heads, head_dim], keys and values into the cache.
 
-    partial: [splits, rows, (heads + 2 · kv_heads) · head_dim]. keys, values: [slots, kv_heads, length, head_dim], written
-    at position modulo length. cos, sin: float32 [positions, head_dim / 2]. slots, positions: int64 [rows].
+    keys, values: [slots, kv_heads, length, head_dim], written at position modulo length.
     """
-    splits, rows, _ = partial.shape
+    splits, rows, _ = given.partial.shape
     _, heads, head_dim = query.shape
     _, kv_heads, length, _ = keys.shape
     early = overlaps(query)
     _place_qkv_kernel[(rows, heads + 2 * kv_heads)](
-        partial, rows, slots, positions, query_norm, key_norm, cos, sin, query, keys, values, eps,
-        splits=splits, heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=length,
+        given.partial, rows, given.slots, given.positions, given.query_norm, given.key_norm, given.cos, given.sin, query, keys,
+        values, given.eps, splits=splits, heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=length,
         block=triton.next_power_of_2(head_dim // 2), num_warps=1, early=early, launch_pdl=early,
     )  # fmt: skip

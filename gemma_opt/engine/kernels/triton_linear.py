@@ -27,7 +27,7 @@ from triton import knobs
 
 from gemma_opt.engine.kernels.triton_int4 import dequantize_kernel, int4_kernel
 from gemma_opt.engine.kernels.triton_overlap import overlaps, start_next, wait
-from gemma_opt.engine.kernels.triton_tiles import begin_tile, finish_tile
+from gemma_opt.engine.kernels.triton_tiles import begin_tile, finish_tile, outputs_of_tile
 from gemma_opt.recipe import Activation
 
 LEAST_ROWS = 8  # the smallest tile of the matrix units: 1 to 8 rows cost the same
@@ -105,47 +105,38 @@ def _linear_kernel(x, x_scale, weight, scale, out, rows, out_features: tl.conste
                    early: tl.constexpr, row_bytes: tl.constexpr, ahead: tl.constexpr, threads: tl.constexpr):  # fmt: skip
     """One tile of out: [splits, rows, out_features]. gated: W holds gate over up, and out is gelu(gate) · up."""
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    o = tl.program_id(1) * block_out + tl.arange(0, block_out)
+    o, inside = outputs_of_tile(out_features, gated, block_out)
     split = tl.program_id(2)
     steps: tl.constexpr = (in_features + block_in * splits - 1) // (block_in * splits)
     even: tl.constexpr = in_features % (block_in * splits) == 0
     if has_scale:  # here and not where they are needed: at the end the program would wait for them
-        scales = tl.load(scale + o, mask=o < out_features, other=0.0)[:, None]
-        if gated:
-            scales_above = tl.load(scale + out_features + o, mask=o < out_features, other=0.0)[:, None]
+        scales = tl.load(scale + o, mask=inside, other=0.0)[:, None]
     acc = tl.zeros((block_out, block_rows), tl.float32)
-    above = tl.zeros((block_out, block_rows), tl.float32)
-    if steps == 1 and even and not gated:  # all of a program's weights are under way before it waits
+    if steps == 1 and even:  # all of a program's weights are under way before it waits
         start_next(early)
         k = split * block_in + tl.arange(0, block_in // 2)
-        inside = o[:, None] < out_features
-        first = _rowwise_tile(weight, o, k, inside, in_features, operand)
-        second = _rowwise_tile(weight, o, k + block_in // 2, inside, in_features, operand)
+        first = _rowwise_tile(weight, o, k, inside[:, None], in_features, operand)
+        second = _rowwise_tile(weight, o, k + block_in // 2, inside[:, None], in_features, operand)
         wait(early)
         place = x + r[None, :] * in_features + k[:, None]
         values = tl.load(place, mask=r[None, :] < rows, other=0.0).to(operand)
         more_values = tl.load(place + block_in // 2, mask=r[None, :] < rows, other=0.0).to(operand)
-        acc = tl.dot(first, values, acc, input_precision="ieee")
-        acc += tl.dot(second, more_values, above, input_precision="ieee")
+        more = tl.zeros((block_out, block_rows), tl.float32)  # apart: products that need not wait for each other
+        acc = tl.dot(first, values, acc, input_precision="ieee") + tl.dot(second, more_values, more, input_precision="ieee")
     else:
         begin_tile(weight, split, out_features, gated, splits, block_out, early, row_bytes, ahead, threads)
         for step in range(steps):
             k = (split * steps + step) * block_in + tl.arange(0, block_in)
-            w_mask = o[:, None] < out_features
+            w_mask = inside[:, None]
             x_mask = r[None, :] < rows
             if not even:
                 w_mask = w_mask & (k[None, :] < in_features)
                 x_mask = x_mask & (k[:, None] < in_features)
             values = tl.load(x + r[None, :] * in_features + k[:, None], mask=x_mask, other=0.0).to(operand)
             acc = tl.dot(_rowwise_tile(weight, o, k, w_mask, in_features, operand), values, acc, input_precision="ieee")
-            if gated:
-                w = _rowwise_tile(weight + out_features * in_features, o, k, w_mask, in_features, operand)
-                above = tl.dot(w, values, above, input_precision="ieee")
     if has_scale:
         acc = acc * scales
-        if gated:
-            above = above * scales_above
-    finish_tile(acc, above, out, x_scale, r, o, split, rows, out_features, gated, has_x_scale)
+    finish_tile(acc, out, x_scale, r, split, rows, out_features, gated, has_x_scale, block_out, block_rows)
 
 
 def multiply(
@@ -169,14 +160,14 @@ def multiply(
     if splits != blocks.splits or (gated and splits != 1):
         raise ValueError(f"out has {splits} partial results, the blocks make {blocks.splits}, gated ones 1")
     early = overlaps(x)
-    block_rows, stages = fit(matrix, blocks, tile_rows(rows), x.dtype, _shared_memory(x.device), gated=gated)
+    block_rows, stages = fit(matrix, blocks, tile_rows(rows), x.dtype, _shared_memory(x.device))
     kernel = int4_kernel if matrix.group else _linear_kernel
     own: dict[str, int] = (
         {"group": matrix.group, "half": matrix.half}
         if matrix.group
         else {"has_scale": matrix.scale is not None, "block_in": blocks.inputs}
     )
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, blocks.outputs), splits)
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width * (2 if gated else 1), blocks.outputs), splits)
     launch = partial(kernel.warmup, grid=grid) if compile_only else kernel[grid]
     launch(
         x, x if x_scale is None else x_scale, matrix.weight, x if matrix.scale is None else matrix.scale, out, rows,
@@ -187,25 +178,25 @@ def multiply(
     )  # fmt: skip
 
 
-def fit(matrix: Matrix, blocks: Blocks, rows: int, dtype: torch.dtype, memory: float, *, gated: bool) -> tuple[int, int]:
+def fit(matrix: Matrix, blocks: Blocks, rows: int, dtype: torch.dtype, memory: float) -> tuple[int, int]:
     """The rows of a tile and the stages with which a program fits `memory` bytes: fewer stages, then fewer rows.
 
     Neither changes a bit of the product. rows: of the tile that is wished for; dtype: of the activations.
     """
     stages = blocks.stages
-    while stages > LEAST_STAGES and _held_bytes(matrix, blocks, rows, stages, dtype, gated=gated) > memory:
+    while stages > LEAST_STAGES and _held_bytes(matrix, blocks, rows, stages, dtype) > memory:
         stages -= 1
-    while rows > LEAST_ROWS and _held_bytes(matrix, blocks, rows, stages, dtype, gated=gated) > memory:
+    while rows > LEAST_ROWS and _held_bytes(matrix, blocks, rows, stages, dtype) > memory:
         rows //= 2
     return rows, stages
 
 
-def _held_bytes(matrix: Matrix, blocks: Blocks, rows: int, stages: int, dtype: torch.dtype, *, gated: bool) -> int:
+def _held_bytes(matrix: Matrix, blocks: Blocks, rows: int, stages: int, dtype: torch.dtype) -> int:
     """What a program has in shared memory: the tiles under way, and one of weights that became float32."""
     inputs = 2 * matrix.half or blocks.inputs
     tile = blocks.outputs * inputs
     weights = tile // 2 + 4 * tile // matrix.group if matrix.group else tile * matrix.weight.element_size()
-    under_way = max(1, stages - 1) * (weights * (2 if gated else 1) + inputs * rows * dtype.itemsize)
+    under_way = max(1, stages - 1) * (weights + inputs * rows * dtype.itemsize)
     return under_way + (4 * tile if dtype == torch.float32 and matrix.weight.dtype != dtype else 0)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gemma_opt.engine.cache import KvCache
-from gemma_opt.engine.kernels.triton_layer import add_norm, place_qkv
+from gemma_opt.engine.kernels.triton_layer import Heads, add_norm, place_qkv
 from gemma_opt.engine.linear import grouped_attention, rms_norm
 from gemma_opt.engine.packed import PackedLinear
 from gemma_opt.engine.rope import RopeTables
@@ -37,10 +37,9 @@ class TritonPrefill:
         next_norms = [layer.input_norm for layer in layers[1:]] + [weights.final_norm]
         for layer, cache, next_norm in zip(layers, self._cache.layers, next_norms, strict=True):
             cos, sin = self._rope.sliding if layer.sliding else self._rope.full
-            place_qkv(
-                self._linear(layer.qkv, normed)[None], slots, positions, layer.query_norm, layer.key_norm, cos, sin,
-                query, cache.keys, cache.values, eps=shape.eps,
-            )  # fmt: skip
+            partial = self._linear(layer.qkv, normed)[None]
+            given = Heads(partial, slots, positions, layer.query_norm, layer.key_norm, cos, sin, shape.eps)
+            place_qkv(given, query, cache.keys, cache.values)
             bias = biases[layer.sliding]
             keys, values = (part[:, :, : bias.shape[1]].index_select(0, slot)[0] for part in (cache.keys, cache.values))
             attended = grouped_attention(query, keys, values, bias, shape.attention_scale)

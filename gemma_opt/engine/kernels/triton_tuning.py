@@ -29,7 +29,7 @@ CANDIDATES = tuple(
         (16, 128, 1, 6), (16, 256, 1, 3), (16, 256, 1, 4), (16, 512, 1, 3), (32, 128, 2, 5), (32, 256, 2, 3), (32, 256, 2, 4),
         (32, 512, 2, 3),
     )
-    for splits in (1, 2, 4, 5)
+    for splits in (1, 2, 4, 5, 8, 10)
 )  # fmt: skip
 ONE_STEP = tuple((outputs, inputs, warps) for outputs, warps in ((16, 1), (32, 2)) for inputs in (256, 512, 1024))
 """Outputs, inputs and warps of blocks that need one step, their splits following from the matrix: see `_linear_kernel`."""
@@ -39,6 +39,8 @@ MANY = tuple(
 )
 """For MOST_ROWS rows of prefill, where nothing has to equal decode bit for bit."""
 ENOUGH_PROGRAMS = 264  # two for each multiprocessor of the largest GPU: fewer leave bandwidth unused
+ENOUGH_WARPS = 528  # four for each, so that some compute while others wait: candidates with fewer are not tried,
+MOST_WARPS = 2640  # nor splits that give more
 MOST_SPLITS = 10  # the next kernel adds them up
 MANY_ROWS = f":{MOST_ROWS} rows"
 ROUNDS = 5
@@ -141,16 +143,22 @@ class Tuning:
 
 
 def _candidates(matrix: Matrix, *, gated: bool) -> list[Blocks]:
-    """Those that give every split the same work. A gated product is needed whole where it ends, so it cannot be split."""
+    """Those that give every split the same work, and enough warps. A gated product cannot be split: it is needed whole."""
     block = 2 * matrix.half  # of int4
     one_step = (Blocks(outputs, inputs, matrix.in_features // inputs, warps, 1) for outputs, inputs, warps in ONE_STEP)
     few = (blocks for blocks in one_step if 1 < blocks.splits <= MOST_SPLITS and block in (0, blocks.inputs))
     several = {replace(blocks, inputs=block or blocks.inputs): None for blocks in CANDIDATES}
-    return [
+    possible = [
         blocks
         for blocks in (*several, *few)
         if blocks.splits == 1 or (not gated and matrix.in_features % (blocks.splits * blocks.inputs) == 0)
     ]
+
+    def warps(blocks: Blocks) -> int:
+        return -(-matrix.out_features // blocks.outputs) * blocks.splits * blocks.warps
+
+    few = min(ENOUGH_WARPS, max(map(warps, possible)) // 2)
+    return [blocks for blocks in possible if few <= warps(blocks) and (blocks.splits == 1 or warps(blocks) <= MOST_WARPS)]
 
 
 def default_blocks(matrix: Matrix, *, gated: bool) -> Blocks:

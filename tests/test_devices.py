@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,10 @@ def test_all_work_stays_on_the_models_device(name: str) -> None:
     """In a process of its own: torch must know a device before the first backward pass, and other tests make those."""
     cases = Path(__file__).with_name(f"second_device_{name}.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
-    run = subprocess.run(command, cwd=cases.parents[1], capture_output=True, text=True, timeout=600, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    run = subprocess.run(
+        command, cwd=cases.parents[1], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert run.returncode == 0, run.stdout[-4000:]
 
 

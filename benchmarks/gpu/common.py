@@ -134,6 +134,27 @@ def median_seconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """One that ran on the GPU; times in microseconds. One that starts early counts its waiting."""
+
+    name: str
+    start: float
+    end: float
+
+
+def kernels_of(run: Callable[[], object]) -> list[Kernel]:
+    """What `run` has the GPU do, in the order in which it starts; nothing without one."""
+    if DEVICE.type != "cuda":
+        return []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        synchronize()
+    found = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
+    times = [Kernel(event.name, event.time_range.start, event.time_range.end) for event in found]
+    return sorted(times, key=lambda kernel: kernel.start)
+
+
 def synchronize() -> None:
     """Wait for the device."""
     if DEVICE.type == "cuda":

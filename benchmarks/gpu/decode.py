@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -11,6 +14,7 @@ from benchmarks.gpu.common import (
     DEVICE,
     Results,
     copy_gb_s,
+    kernels_of,
     median_seconds,
     peak_bytes,
     random_model,
@@ -65,7 +69,20 @@ def measure(shape: str, stored: str, ceiling: float) -> dict[str, object]:
     }  # fmt: skip
     for kind, sampling in SAMPLINGS.items():
         entry[kind] = [timed(steps, batch, cache, weights, rows, sampling, ceiling) for rows in ROWS]
+    entry["layer_us"] = layer_us(lambda: steps([0])(), len(weights.layers))
     return entry | {"captures_after": steps.captures, "peak_bytes": peak_bytes()}
+
+
+def layer_us(step: Callable[[], object], layers: int) -> list[tuple[str, float]]:
+    """The kernels of a layer in order, and microseconds from the end of the one before to its own: medians over the layers."""
+    found = kernels_of(step)
+    names = [kernel.name for kernel in found]
+    for first, period in itertools.product(range(1, 20), range(4, 20)):
+        whole = slice(first, first + period * layers)
+        if len(names) >= whole.stop and names[whole] == names[first : first + period] * layers:
+            took = [after.end - before.end for before, after in zip(found[first - 1 :], found[whole], strict=False)]
+            return [(names[first + place], round(statistics.median(took[place::period]), 2)) for place in range(period)]
+    return []
 
 
 def same_bits(model: TextModel, weights: TextWeights) -> bool:

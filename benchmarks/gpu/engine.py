@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 import torch
 
-from benchmarks.gpu.common import COMPILE_CACHE, Results, config_of, peak_bytes, random_model, reset_peak
+from benchmarks.gpu.common import COMPILE_CACHE, Results, config_of, kernels_of, peak_bytes, random_model, reset_peak
 from gemma_opt.engine.core import FastEngine
 from gemma_opt.engine.interface import EngineRequest, Finished, SamplingParams
 from gemma_opt.engine.kernels.gpu import keeping_compiled
@@ -22,6 +23,7 @@ TEXT_TOKENS, REPLY_TOKENS = 64, 128
 MEMORY_TOKENS = 750  # prompt and reply together, one slot: the memory goal's condition
 MEMORY_CONTEXT = 752
 REPEATS = 10
+LEAST_MS = 0.3  # of a kernel that is listed
 
 
 class Prompts:
@@ -143,4 +145,18 @@ def one_slot(shape: str, stored: str) -> dict[str, object]:
         if picture := prompts.picture(2):
             finish(engine, [picture])
         finished, _ = finish(engine, [prompts.text(MEMORY_TOKENS - REPLY_TOKENS, REPLY_TOKENS)])
-    return entry | {"tokens_per_second": finished[0].tokens_per_second, "tokens": MEMORY_TOKENS, "peak_bytes": peak_bytes()}
+        entry |= {"tokens_per_second": finished[0].tokens_per_second, "tokens": MEMORY_TOKENS, "peak_bytes": peak_bytes()}
+        for kind, request in (("text_64", prompts.text(TEXT_TOKENS, 1)), ("one_picture", prompts.picture(1))):
+            if request:
+                entry[f"first_token_ms_by_kernel_{kind}"] = by_kernel(lambda one=request: finish(engine, [one]))
+    return entry
+
+
+def by_kernel(run: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    """Launches and milliseconds of each kernel that takes LEAST_MS and more."""
+    counts: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
+    for kernel in kernels_of(run):
+        counts[kernel.name] += 1
+        sums[kernel.name] += kernel.end - kernel.start
+    return {name: (counts[name], round(us / 1e3, 2)) for name, us in sums.items() if us >= 1e3 * LEAST_MS}

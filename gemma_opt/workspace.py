@@ -116,11 +116,17 @@ def _converted_bytes(row: PlanRow, outputs: int, inputs: int, dtype: torch.dtype
 
 
 def _picture_bytes(config: gemma.GemmaConfig, planned: Plan, dtype: torch.dtype) -> int:
-    """In the tower's MLP: residual and input, both sides of what the bias or the activation makes, and a converted weight."""
+    """In the tower's MLP: residual, input, both sides of the activation; where kernels make that in place, residual, input,
+    both sides of the second product. And a converted weight.
+    """
     vision, size = getattr(config, "vision_config", None), dtype.itemsize
     if vision is None:
         return 0
     patches = (vision.image_size // vision.patch_size) ** 2
-    quantized = any(row.role is Role.VISION and row.is_quantized for row in planned.rows)
-    weight = vision.hidden_size * vision.intermediate_size * size if quantized else 0
-    return patches * 2 * (vision.hidden_size + vision.intermediate_size) * size + weight
+    hidden, channels = vision.hidden_size, vision.intermediate_size
+    stored = [row.format for row in planned.rows if row.role is Role.VISION and row.name.endswith(".fc1")]
+    if any(isinstance(kind, FLOATS) for kind in stored):
+        return patches * 2 * (hidden + channels) * size
+    in_place = not any(isinstance(kind, Int4 | Int8DynamicInt4) for kind in stored)
+    states = 3 * hidden + channels if in_place else 2 * (hidden + channels)
+    return patches * states * size + hidden * channels * size

@@ -23,7 +23,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gemma_opt.engine.batch import Level
-from gemma_opt.engine.kernels import triton_attention, triton_grid, triton_int4, triton_layer, triton_linear, triton_sampling
+from gemma_opt.engine.kernels import (
+    triton_attention,
+    triton_grid,
+    triton_int4,
+    triton_layer,
+    triton_linear,
+    triton_rows,
+    triton_sampling,
+)
 from gemma_opt.engine.kernels.triton_compiled import install_compiled, keep_compiled
 from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, blocks_for, fit
 from gemma_opt.engine.kernels.triton_tuning import MANY
@@ -157,6 +165,20 @@ KERNELS: dict[str, Compile] = {
         triton_int4.dequantize_kernel, {"weight": "u8", "scale": "i32", "out": "bf16"}, {"rows": "i32"},
         {"stride": 10_240, "in_features": 2560, "group": 32, "half": 128, "row_bytes": 1280, "operand": tl.bfloat16,
          "block_out": 32}, warps=4,
+    ),
+    **{
+        f"widen {kind}": compiled(
+            triton_rows._widen_kernel, {"weight": DTYPES[kind], "out": "bf16"}, {"size": "i32"},
+            {"block": triton_rows.WIDENED}, warps=4,
+        )
+        for kind in ("int8", "fp8")
+    },
+    "finish with bias and GELU": compiled(
+        triton_rows._finish_kernel,
+        {"product": "bf16", "scale": "fp32", "x_scale": "fp32", "bias": "bf16", "out": "bf16"},
+        dict.fromkeys(("rows", "width", "product_stride", "out_stride"), "i32"),
+        {"has_scale": True, "has_x_scale": False, "has_bias": True, "gelu": True, "block_rows": triton_rows.BLOCK_ROWS,
+         "block_out": triton_rows.BLOCK_OUT}, warps=4,
     ),
     "attention": attention(torch.bfloat16),
     "attention of float32": attention(torch.float32),

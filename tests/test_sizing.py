@@ -22,6 +22,7 @@ from gemma_opt.engine.batch import Batch, Level
 from gemma_opt.engine.interface import SamplingParams
 from gemma_opt.engine.kernels import triton_attention, triton_library
 from gemma_opt.engine.kernels.triton_matrices import arrange
+from gemma_opt.engine.kernels.triton_tower import speed_up_
 from gemma_opt.engine.weights import take_weights
 from gemma_opt.errors import UsageError
 from gemma_opt.pipeline import compress
@@ -147,10 +148,11 @@ def test_a_step_with_every_filter_takes_what_the_planner_says() -> None:
 
 @pytest.mark.slow
 def test_a_picture_takes_what_the_planner_says() -> None:
-    """In one layer of the true tower, without attention, whose kernel on a GPU keeps no scores."""
+    """In one layer of the true tower with a GPU's kernels, without attention, whose kernel there keeps no scores."""
     model = true_shape_4b(0, 1, 64)
     quantize_(model, make_plan(model, INT8))
     layer = next(module for name, module in model.named_modules() if name.endswith("encoder.layers.0"))
+    speed_up_(layer)
     states = torch.zeros(1, 4096, 1152, dtype=torch.bfloat16)
     with torch.inference_mode(), LiveBytes() as live:
         _ = states + layer.mlp(layer.layer_norm2(states))  # type: ignore[operator]

@@ -31,6 +31,8 @@ from gemma_opt.engine.kernels.triton_library import multiply_by_library
 from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, dequantize_int4, fit, multiply
 from gemma_opt.engine.kernels.triton_matrices import TritonLinear, arrange, matrix_of
 from gemma_opt.engine.kernels.triton_prefill import TritonPrefill
+from gemma_opt.engine.kernels.triton_rows import widen
+from gemma_opt.engine.kernels.triton_tower import TowerLinear, speed_up_
 from gemma_opt.engine.kernels.triton_tuning import Tuning, default_blocks, file_name
 from gemma_opt.engine.linear import Visible, linear, rms_norm
 from gemma_opt.engine.packed import (
@@ -46,6 +48,7 @@ from gemma_opt.engine.packed import (
 )
 from gemma_opt.engine.rope import RopeTables, rope_table, rotate
 from gemma_opt.engine.weights import TextWeights, take_weights
+from gemma_opt.gemma import vision_tower
 from gemma_opt.quantization import quantize_input
 from gemma_opt.recipe import Activation, Recipe
 
@@ -309,6 +312,22 @@ def test_a_product_in_pieces_is_the_whole_product(kind: str, monkeypatch: pytest
     assert error(multiply_by_library(stored, x.to(DEVICE)), x.double() @ meant.T) < CLOSE
 
 
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+def test_widened_weights_are_the_same_numbers(kind: str) -> None:
+    stored, _ = matrix(kind, 65, 70)
+    assert torch.equal(widen(stored.weight, torch.bfloat16), stored.weight.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("kind", ["float32", "int8", "float8_e4m3fn", "int4-32z"])
+def test_a_product_by_the_library_ends_with_its_bias_and_activation(kind: str, gelu: bool) -> None:
+    stored, meant = matrix(kind, 152, 256)
+    x, bias = torch.randn(70, 256, generator=seeded()) / 300, torch.randn(152, generator=seeded(1))
+    found = multiply_by_library(stored, x.to(DEVICE), bias=bias.to(DEVICE), gelu=gelu)
+    wanted = x.double() @ meant.T + bias.double()
+    assert error(found, functional.gelu(wanted, approximate="tanh") if gelu else wanted) < 10 * CLOSE
+
+
 ACTIVATIONS: dict[str, tuple[Activation, ...]] = {
     "int8": ("int8_dynamic", "int8_static"), "float8_e4m3fn": ("fp8_dynamic", "fp8_static"), "int4-32z": ("int8_dynamic",)
 }  # fmt: skip
@@ -462,6 +481,25 @@ def test_logits_of_a_split_head_are_added_up() -> None:
     assert error(split, whole) < CLOSE
 
 
+@pytest.mark.parametrize(("stored", "close"), [("int8", 10 * CLOSE), ("fp8", 10 * CLOSE), ("int8_dynamic", 1e-3)])
+@torch.no_grad()
+def test_a_vision_tower_by_kernels_sees_what_the_torch_operations_see(stored: str, close: float) -> None:
+    """Where an input lies between two steps of a grid, its last bit decides."""
+    model = fresh_model()
+    base = {"base": "small-gemma3", "dtype": "float32"}
+    tree = {"name": "test", "model": base, "quantization": {"default": "fp32", "roles": {"vision": stored}}}
+    pipeline.compress(model, Recipe.from_tree(tree, "test"))
+    tower = vision_tower(model.to(DEVICE))
+    assert tower
+    side = model.config.vision_config.image_size
+    pixels = torch.rand(1, 3, side, side, generator=seeded()).to(DEVICE)
+    meant = tower(pixels).last_hidden_state
+    speed_up_(tower)
+    layers = model.config.vision_config.num_hidden_layers
+    assert sum(isinstance(module, TowerLinear) for module in tower.modules()) == 6 * layers
+    assert error(tower(pixels).last_hidden_state, meant) < close
+
+
 @pytest.mark.parametrize("stored", ["fp32", "int4", "mixed"])
 @torch.no_grad()
 def test_whole_prefill_of_a_chunk(stored: str) -> None:
@@ -531,7 +569,7 @@ def test_kernels_compile_for_an_l40s_and_an_h100_and_stay_in_registers(tmp_path:
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout)
     needs = found["needs"]
-    assert len(needs) == 54
+    assert len(needs) == 62
     narrow = {name: need for name, need in needs.items() if "float32" not in name}
     assert not {name: need for name, need in narrow.items() if need["stack"] > 0}
     for target, most in SHARED_BYTES.items():

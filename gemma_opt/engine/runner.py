@@ -25,6 +25,7 @@ from gemma_opt.engine.forward import TextModel
 from gemma_opt.engine.graphs import Recorder, Tokens, prefill_of, steps_of
 from gemma_opt.engine.interface import EngineRequest, FinishReason
 from gemma_opt.engine.kernels import arrangement
+from gemma_opt.engine.kernels.gpu import speed_up_tower_
 from gemma_opt.engine.lookup import PromptLookup
 from gemma_opt.engine.pictures import Encode, PictureCache, picture_encoder
 from gemma_opt.engine.prefixes import Cut, Prefixes, cuts_of
@@ -108,7 +109,10 @@ class Runner:
         self._stop_ids = stop_token_ids(model)
         self._image_token_id = getattr(model.config, "image_token_id", None)
         recorder = Recorder(device)
-        self._pictures = PictureCache(_recorded_encoder(model, recorder)) if vision_tower(model) is not None else None
+        tower = vision_tower(model)
+        if tower is not None and "vision" not in compiler.targets:
+            speed_up_tower_(tower)
+        self._pictures = None if tower is None else PictureCache(_recorded_encoder(model, recorder))
         weights = take_weights(model, release=not keep_layers, arrange=arrangement(device))
         self._device = weights.device
         cache = KvCache(weights, slots=settings.slots, context=settings.context, slack=settings.lookup)

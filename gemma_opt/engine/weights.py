@@ -112,10 +112,10 @@ def take_weights(model: GemmaModel, *, release: bool, arrange: Arrange = as_they
         if release:
             for name, _ in list(layer.named_children()):
                 delattr(layer, name)
-    table = _pack_one(text.get_input_embeddings())
+    table = pack_module(text.get_input_embeddings())
     if not isinstance(table, FloatRows | Int8Rows):
         raise EngineError(f"the embedding is a {type(table).__name__}: it must be a float or int8 table")
-    head = _pack_one(model.lm_head)
+    head = pack_module(model.lm_head)
     return TextWeights(
         shape=_shape(model),
         dtype=model.dtype,
@@ -153,44 +153,45 @@ def _take_layer(layer: nn.Module, arrange: Arrange, *, sliding: bool) -> LayerWe
 def _pack_checked(name: str, module: nn.Module) -> PackedLinear:
     if getattr(module, "bias", None) is not None:
         raise EngineError(f"{name}: Gemma 3 linears have no bias, and this one has")
-    return _pack_one(module)
+    return pack_module(module)
 
 
 @singledispatch
-def _pack_one(module: nn.Module) -> PackedLinear:
+def pack_module(module: nn.Module) -> PackedLinear:
+    """The same tensors without their bias. Raises EngineError."""
     raise EngineError(f"this engine does not know a {type(module).__name__}")
 
 
-@_pack_one.register(nn.Linear)
-@_pack_one.register(nn.Embedding)
+@pack_module.register(nn.Linear)
+@pack_module.register(nn.Embedding)
 def _(module: nn.Linear | nn.Embedding) -> PackedLinear:
     return FloatRows(module.weight.detach())
 
 
-@_pack_one.register(Int8Embedding)
-@_pack_one.register(Int8Head)
+@pack_module.register(Int8Embedding)
+@pack_module.register(Int8Head)
 def _(module: Int8Embedding | Int8Head) -> PackedLinear:
     return Int8Rows(module.weight, module.weight_scale)
 
 
-@_pack_one.register
+@pack_module.register
 def _(module: Int8Linear) -> PackedLinear:
     return _with_grid(module, Int8Rows(module.weight, module.weight_scale))
 
 
-@_pack_one.register
+@pack_module.register
 def _(module: Fp8Linear) -> PackedLinear:
     return _with_grid(module, Fp8Rows(module.weight, module.weight_scale))
 
 
-@_pack_one.register
+@pack_module.register
 def _(module: Int4Linear) -> PackedLinear:
     return _with_grid(module, Int4Rows(module.weight_packed, module.weight_scale, module.weight_zero))
 
 
-@_pack_one.register
+@pack_module.register
 def _(module: LowRankLinear) -> PackedLinear:
-    return LowRankRows(_pack_one(module.left), _pack_one(module.right))
+    return LowRankRows(pack_module(module.left), pack_module(module.right))
 
 
 def _with_grid(module: QuantizedLinear, rows: Int8Rows | Fp8Rows | Int4Rows) -> PackedLinear:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gemma_opt.engine.batch import Batch, Level, Sampler
@@ -19,6 +19,7 @@ from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.linear import Visible, attend_to_chunk
 from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import TextWeights
+from gemma_opt.gemma import weights_device
 
 if TYPE_CHECKING:  # importing them needs Triton
     from gemma_opt.engine.kernels.triton_decode import TritonDecode
@@ -66,6 +67,14 @@ def find_gpu_kernels(
     linear = TritonLinear(tuning)
     linear.warm_up(weights)
     return step, linear, TritonPrefill(weights, cache, rope, linear)
+
+
+def speed_up_tower_(tower: nn.Module) -> None:
+    """Have a vision tower's quantized linears computed by kernels, if this device has some; see `triton_tower`."""
+    if not why_not(weights_device(tower)):
+        from gemma_opt.engine.kernels.triton_tower import speed_up_
+
+        speed_up_(tower)
 
 
 def attend_without_plans(query: Tensor, keys: Tensor, values: Tensor, visible: Visible, scale: float) -> Tensor:

@@ -102,6 +102,15 @@ def parts_of(packed: PackedLinear) -> tuple[PackedLinear, ...]:
             return (packed,)
 
 
+def settled(matrix: Matrix, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a matrix multiplies for activations x [rows, in], and by what its results are multiplied: float32 [rows]."""
+    if matrix.activation == "none":
+        return x, None
+    steps, scales = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(len(x), device=x.device)
+    settle(x.contiguous()[None], matrix.activation, matrix.input_scale, steps, scales)
+    return steps, scales
+
+
 class TritonLinear:
     """A `Linear` on a GPU. What is fastest by the number of rows:
 
@@ -121,11 +130,7 @@ class TritonLinear:
         matrix, rows = matrix_of(packed), x.shape[0]
         if matrix is None:
             return linear(packed, x)
-        x_scale = None
-        if matrix.activation != "none":
-            steps, x_scale = torch.empty_like(x), torch.empty(rows, device=x.device)
-            settle(x.contiguous()[None], matrix.activation, matrix.input_scale, steps, x_scale)
-            x = steps
+        x, x_scale = settled(matrix, x)
         blocks = self._tuning.blocks(matrix) if rows <= FEW_ROWS else self._tuning.blocks_of_many(matrix)
         if blocks is None or rows > MOST_ROWS:
             return multiply_by_library(matrix, x, x_scale)

@@ -40,6 +40,12 @@ def begin_tile(weight, split, out_features, gated: tl.constexpr, splits: tl.cons
 
 
 @triton.jit
+def gelu_tanh(x):
+    """GELU in its tanh form, of float32."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # 2·√(2/π)
+
+
+@triton.jit
 def finish_tile(acc, out, x_scale, r, split, rows, out_features, gated: tl.constexpr, has_x_scale: tl.constexpr,
                 block_out: tl.constexpr, block_rows: tl.constexpr):  # fmt: skip
     """Store a tile [block_out, rows]; gated: gelu(gate) · up, rounded where separate modules would round."""
@@ -49,8 +55,7 @@ def finish_tile(acc, out, x_scale, r, split, rows, out_features, gated: tl.const
     if gated:
         pairs = tl.permute(tl.reshape(acc, (block_out // 16, 2, 8, block_rows)), (0, 2, 3, 1))
         gate, up = tl.split(tl.reshape(pairs, (outputs, block_rows, 2)))
-        gate = gate.to(out.dtype.element_ty).to(tl.float32)
-        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))  # gelu's tanh form; 2·√(2/π)
+        gate = gelu_tanh(gate.to(out.dtype.element_ty).to(tl.float32))
         acc = gate.to(out.dtype.element_ty).to(tl.float32) * up.to(out.dtype.element_ty).to(tl.float32)
     o = tl.program_id(1) * outputs + tl.arange(0, outputs)
     place = (split * rows + r)[None, :] * out_features + o[:, None]

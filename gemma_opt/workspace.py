@@ -96,23 +96,21 @@ def _word_bytes(row: PlanRow) -> int:
 
 
 def _prefill_bytes(config: gemma.GemmaConfig, gate: PlanRow, channels: int, dtype: torch.dtype, rows: int, context: int) -> int:
-    """The larger of gate and up with their product, and attention: what a slot holds, copied, and the masks of both kinds."""
+    """The larger of gate and up with GELU's result, and attention: what a slot holds, copied, and the masks of both kinds."""
     text, size = config.get_text_config(), dtype.itemsize
     hidden, heads, width = text.hidden_size, text.num_attention_heads, text.head_dim
     group = heads // text.num_key_value_heads
     common = rows * (2 * hidden + heads * width) * size + 2 * rows * context * (1 + group * size)
-    converted, piece = _converted_bytes(gate, 2 * channels, hidden, dtype)
-    products = rows * 2 * channels * size + max(converted + rows * piece * size, 2 * rows * channels * size)
+    products = rows * 2 * channels * size + max(_converted_bytes(gate, 2 * channels, hidden, dtype), rows * channels * size)
     attention = 2 * text.num_key_value_heads * context * width * size + 3 * rows * heads * width * size
     return common + max(products, attention)
 
 
-def _converted_bytes(row: PlanRow, outputs: int, inputs: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Weights in `dtype` that exist for one product of many rows, and how many of its outputs they give."""
+def _converted_bytes(row: PlanRow, outputs: int, inputs: int, dtype: torch.dtype) -> int:
+    """Weights in `dtype` that exist for one product of many rows."""
     if isinstance(row.format, FLOATS):
-        return 0, 0
-    piece = min(outputs, max(8, PIECE_BYTES // (inputs * dtype.itemsize) // 8 * 8))
-    return piece * inputs * dtype.itemsize, piece
+        return 0
+    return min(outputs, max(8, PIECE_BYTES // (inputs * dtype.itemsize) // 8 * 8)) * inputs * dtype.itemsize
 
 
 def _picture_bytes(config: gemma.GemmaConfig, planned: Plan, dtype: torch.dtype) -> int:

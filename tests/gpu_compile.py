@@ -34,7 +34,7 @@ from gemma_opt.engine.kernels import (
 )
 from gemma_opt.engine.kernels.triton_compiled import install_compiled, keep_compiled
 from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, blocks_for, fit
-from gemma_opt.engine.kernels.triton_tuning import MANY
+from gemma_opt.engine.kernels.triton_tuning import MANY, _candidates_of_many
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_BYTES = {89: 99 * 1024, 90: 227 * 1024}  # that a program may have on an L40S and on an H100
@@ -87,6 +87,13 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {"registers": int(registers), "stack": int(stack)}
 
 
+def large_matrix(kind: str, *, gated: bool, group: int = 0) -> Matrix:
+    """[10240, 2560], or twice as high."""
+    outputs = 20_480 if gated else 10_240
+    weight = torch.empty(outputs, 1280 if group else 2560, dtype=STORED.get(kind, torch.uint8), device="meta")
+    return Matrix(weight, 2560, group=group, half=128 if group else 0)
+
+
 def linear(
     kind: str,
     blocks: Blocks,
@@ -98,9 +105,7 @@ def linear(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Compile:
     """The product of a [10240, 2560] matrix with activations of a dtype, cut up as `multiply` does it on that GPU."""
-    outputs = 20_480 if gated else 10_240
-    weight = torch.empty(outputs, 1280 if group else 2560, dtype=STORED.get(kind, torch.uint8), device="meta")
-    matrix = Matrix(weight, 2560, group=group, half=128 if group else 0)
+    matrix = large_matrix(kind, gated=gated, group=group)
     narrow = dtype == torch.bfloat16
     constants = {
         "out_features": 10_240, "in_features": 2560, "gated": gated, "operand": tl.bfloat16 if narrow else tl.float32,
@@ -160,7 +165,14 @@ KERNELS: dict[str, Compile] = {
     "float32, gated, 16 rows": linear("float32", Blocks(), gated=True, rows=16, dtype=torch.float32),
     "int4 of float32 inputs, gated, 64 rows": linear("int4", Blocks(), gated=True, group=32, rows=64, dtype=torch.float32),
     "int8, 64 rows": linear("int8", blocks_for(64, Blocks(), torch.bfloat16), rows=64),
-    "int8, 64 rows of prefill": linear("int8", MANY[-1], rows=64),
+    **{
+        f"int8, {rows} rows of prefill in {blocks}{', gated' if gated else ''}": linear(
+            "int8", blocks, rows=blocks.rows, gated=gated
+        )
+        for rows in MANY
+        for gated in (False, True)
+        for blocks in _candidates_of_many(large_matrix("int8", gated=gated), rows, gated=gated)
+    },
     "dequantize int4": compiled(
         triton_int4.dequantize_kernel, {"weight": "u8", "scale": "i32", "out": "bf16"}, {"rows": "i32"},
         {"stride": 10_240, "in_features": 2560, "group": 32, "half": 128, "row_bytes": 1280, "operand": tl.bfloat16,

@@ -17,7 +17,16 @@ from torch.nn import functional
 
 from gemma_opt.engine.cache import KvCache, LayerCache
 from gemma_opt.engine.kernels import ChunkAttention, DecodeStep, Linear, PrefillStep, find_kernels
-from gemma_opt.engine.linear import Visible, attend_to_chunk, bias_of, grouped_attention, linear, rms_norm, rows_of
+from gemma_opt.engine.linear import (
+    Visible,
+    attend_to_chunk,
+    bias_of,
+    gated_gelu,
+    grouped_attention,
+    linear,
+    rms_norm,
+    rows_of,
+)
 from gemma_opt.engine.rope import RopeTables, Rotation, rotate
 from gemma_opt.engine.scheduler import Span
 from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
@@ -199,9 +208,8 @@ def _block(x: Tensor, layer: LayerWeights, shape: TextShape, rotation: Rotation,
     key = rotate(rms_norm(key, layer.key_norm, shape.eps), *rotation)
     attended = attend(query, key, value).flatten(1)
     x = x + rms_norm(product(layer.o, attended), layer.post_attention_norm, shape.eps)
-    gate, up = product(layer.gate_up, rms_norm(x, layer.pre_mlp_norm, shape.eps)).chunk(2, dim=-1)
-    mlp = product(layer.down, functional.gelu(gate, approximate="tanh") * up)
-    return x + rms_norm(mlp, layer.post_mlp_norm, shape.eps)
+    mixed = gated_gelu(product(layer.gate_up, rms_norm(x, layer.pre_mlp_norm, shape.eps)))
+    return x + rms_norm(product(layer.down, mixed), layer.post_mlp_norm, shape.eps)
 
 
 def _seen(query: Tensor, key: Tensor, same_picture: Tensor, window: int | None) -> Tensor:

@@ -111,6 +111,12 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor,
     return out.view(kv_heads, tokens, -1, head_dim).transpose(0, 1).reshape(tokens, heads, head_dim)
 
 
+def gated_gelu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) · up, [rows, channels], of the two side by side."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.gelu(gate, approximate="tanh").mul_(up)
+
+
 def rows_of(table: FloatRows | Int8Rows, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """The table's rows of `ids` [tokens], gathered first and then scaled: [tokens, in] in `dtype`."""
     rows = table.weight[ids]

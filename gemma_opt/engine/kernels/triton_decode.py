@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gemma_opt.engine.cache import KvCache, LayerCache
 from gemma_opt.engine.kernels import triton_attention
@@ -82,11 +81,7 @@ class TritonDecode:
             return self._multiply(product.left, self._settled(self._partial(right, x), "none", None)[0])
         matrix = matrix_of(product)
         if matrix is None:  # several, whose results are put side by side
-            out = self._linear(product, x)
-            if gated:
-                gate, up = out.chunk(2, dim=-1)
-                out = functional.gelu(gate, approximate="tanh") * up
-            return out[None]
+            return self._linear.gated(product, x)[None] if gated else self._linear.partial(product, x)
         return self._partial(matrix, x, gated=gated)
 
     def _partial(self, matrix: Matrix, x: Tensor, *, gated: bool = False) -> Tensor:

@@ -34,14 +34,14 @@ LEAST_ROWS = 8  # the smallest tile of the matrix units: 1 to 8 rows cost the sa
 LEAST_STAGES = 2  # of a pipeline: a tile is under way while another is multiplied
 FEW_ROWS = 16  # up to here a step is bound by reading the weights
 AHEAD = 2**14  # bytes that a program has fetched into the L2 cache while it waits for its input
-MOST_ROWS = 64  # rows of one tile; more than that are several tiles, which read the weights again (from the L2 cache)
+MOST_ROWS = 64  # rows of a decode step's tile; more are several tiles, which read the weights again (from the L2 cache)
 
 
 @dataclass(frozen=True)
 class Blocks:
     """How one matrix is cut up. outputs × inputs: the tile of a program and step; splits: programs along the inputs.
 
-    int4 has its own inputs: a block of its layout.
+    rows: of activations in a tile, at most. int4 has its own inputs: a block of its layout.
     """
 
     outputs: int = 32
@@ -49,6 +49,7 @@ class Blocks:
     splits: int = 1
     warps: int = 2
     stages: int = 4
+    rows: int = MOST_ROWS
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def multiply(
     if splits != blocks.splits or (gated and splits != 1):
         raise ValueError(f"out has {splits} partial results, the blocks make {blocks.splits}, gated ones 1")
     early = overlaps(x)
-    block_rows, stages = fit(matrix, blocks, tile_rows(rows), x.dtype, _shared_memory(x.device))
+    block_rows, stages = fit(matrix, blocks, tile_rows(rows, blocks.rows), x.dtype, _shared_memory(x.device))
     kernel = int4_kernel if matrix.group else _linear_kernel
     own: dict[str, int] = (
         {"group": matrix.group, "half": matrix.half}
@@ -215,10 +216,10 @@ def blocks_for(rows: int, blocks: Blocks, dtype: torch.dtype) -> Blocks:
     return replace(blocks, inputs=min(blocks.inputs, 256), stages=3 if dtype.itemsize == 2 else 2)
 
 
-def tile_rows(rows: int) -> int:
+def tile_rows(rows: int, most: int) -> int:
     """Rows of the tile that computes so many rows."""
     least = FEW_ROWS if knobs.runtime.interpret else LEAST_ROWS  # numpy's products do depend on the tile
-    return min(MOST_ROWS, max(least, 1 << (rows - 1).bit_length()))
+    return min(most, max(least, 1 << (rows - 1).bit_length()))
 
 
 def _ahead(row_bytes: int, blocks: Blocks) -> int:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gemma_opt.engine.kernels.triton_grid import settle
 from gemma_opt.engine.kernels.triton_library import multiply_by_library
-from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, LEAST_ROWS, MOST_ROWS, Matrix, multiply
-from gemma_opt.engine.kernels.triton_tuning import Tuning
-from gemma_opt.engine.linear import linear
+from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, LEAST_ROWS, MOST_ROWS, Blocks, Matrix, multiply
+from gemma_opt.engine.kernels.triton_tuning import LONGEST, Tuning
+from gemma_opt.engine.linear import gated_gelu, linear
 from gemma_opt.engine.packed import (
     FloatRows,
     Fp8Rows,
@@ -27,7 +27,7 @@ from gemma_opt.engine.packed import (
 from gemma_opt.engine.weights import TextWeights
 
 OLDEST_FP8 = (8, 9)  # compute capability: Triton knows e4m3 from here on
-TILES = tuple(2**power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length()))  # of rows
+TILES = tuple(2**power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length() + 1))  # of rows
 
 
 @singledispatch
@@ -114,7 +114,7 @@ def settled(matrix: Matrix, x: Tensor) -> tuple[Tensor, Tensor | None]:
 class TritonLinear:
     """A `Linear` on a GPU. What is fastest by the number of rows:
 
-    up to FEW_ROWS the decode kernels with their blocks; up to MOST_ROWS what was measured, the same kernels with larger
+    up to FEW_ROWS the decode kernels with their blocks; up to LONGEST what was measured, the same kernels with larger
     blocks or the vendor's library; for more the library. Linears without a kernel compute themselves.
     """
 
@@ -123,27 +123,50 @@ class TritonLinear:
 
     def __call__(self, packed: PackedLinear, x: Tensor) -> Tensor:
         """x: [rows, in]. Returns [rows, out] in x's dtype."""
+        found = self.partial(packed, x)
+        return (found[0] if len(found) == 1 else found.sum(0)).to(x.dtype)
+
+    def partial(self, packed: PackedLinear, x: Tensor) -> Tensor:
+        """Partial results [splits, rows, out], float, whose sum is the product: for kernels that add them up."""
         if isinstance(packed, Stacked):
-            return torch.cat([self(part, x) for part in packed.parts], dim=-1)
+            return torch.cat([self(part, x) for part in packed.parts], dim=-1)[None]
         if isinstance(packed, LowRankRows):
-            return self(packed.left, self(packed.right, x))
-        matrix, rows = matrix_of(packed), x.shape[0]
+            return self.partial(packed.left, self(packed.right, x))
+        matrix = matrix_of(packed)
         if matrix is None:
-            return linear(packed, x)
-        x, x_scale = settled(matrix, x)
-        blocks = self._tuning.blocks(matrix) if rows <= FEW_ROWS else self._tuning.blocks_of_many(matrix)
-        if blocks is None or rows > MOST_ROWS:
-            return multiply_by_library(matrix, x, x_scale)
-        dtype = x.dtype if blocks.splits == 1 else torch.float32
-        out = torch.empty(blocks.splits, rows, matrix.out_features, dtype=dtype, device=x.device)
-        multiply(matrix, x.contiguous(), out, blocks, x_scale=x_scale)
-        return out[0] if blocks.splits == 1 else out.sum(0).to(x.dtype)
+            return linear(packed, x)[None]
+        blocks = self._blocks(matrix, len(x), gated=False)
+        return _multiply(matrix, x, blocks) if blocks else multiply_by_library(matrix, *settled(matrix, x))[None]
+
+    def gated(self, packed: PackedLinear, x: Tensor) -> Tensor:
+        """gelu(gate) · up, [rows, out / 2] in x's dtype, of a linear that is gate over up."""
+        matrix = matrix_of(packed)
+        blocks = matrix and self._blocks(matrix, len(x), gated=True)
+        return _multiply(matrix, x, blocks, gated=True)[0] if matrix and blocks else gated_gelu(self(packed, x))
+
+    def _blocks(self, matrix: Matrix, rows: int, *, gated: bool) -> Blocks | None:
+        """None: the library."""
+        few = rows <= FEW_ROWS
+        return self._tuning.blocks(matrix, gated=gated) if few else self._tuning.blocks_of_many(matrix, rows, gated=gated)
 
     def warm_up(self, weights: TextWeights) -> None:
-        """Compile what a prompt of any length may need, so that no request waits for it: one product of every kind."""
-        parts = (part for packed in linears_of(weights) for part in parts_of(packed))
-        found = ((part, matrix_of(part)) for part in parts)
-        kinds = {(matrix.key, matrix.activation): (part, matrix.in_features) for part, matrix in found if matrix}
-        for part, inputs in kinds.values():
-            for rows in (*TILES, MOST_ROWS + 1):
-                self(part, torch.zeros(rows, inputs, dtype=weights.dtype, device=weights.device))
+        """Compile what a prompt of any length may need, so that no request waits for it: one product of every kind.
+
+        The head meets one row of a prompt; 500 results of it would take more memory than anything that serves.
+        """
+        *layers, head = ([(part, matrix_of(part)) for part in parts_of(packed)] for packed in linears_of(weights))
+        for some, counts in ((layers, (*TILES, LONGEST + 1)), ([head], (1,))):
+            kinds = {(matrix.key, matrix.activation): (part, matrix) for parts in some for part, matrix in parts if matrix}
+            for part, matrix in kinds.values():
+                for rows in counts:
+                    self(part, torch.zeros(rows, matrix.in_features, dtype=weights.dtype, device=weights.device))
+
+
+def _multiply(matrix: Matrix, x: Tensor, blocks: Blocks, *, gated: bool = False) -> Tensor:
+    """What `multiply` makes, in memory of its own: float32 where decode's kernels, which are compiled so, compute it."""
+    x, x_scale = settled(matrix, x)
+    narrow = gated or (blocks.splits == 1 and len(x) > FEW_ROWS)
+    width = matrix.out_features // 2 if gated else matrix.out_features
+    out = torch.empty(blocks.splits, len(x), width, dtype=x.dtype if narrow else torch.float32, device=x.device)
+    multiply(matrix, x.contiguous(), out, blocks, x_scale=x_scale, gated=gated)
+    return out

@@ -18,8 +18,9 @@ import torch
 import triton
 from torch import Tensor
 
-from gemma_opt.engine.kernels.triton_library import multiply_by_library
-from gemma_opt.engine.kernels.triton_linear import MOST_ROWS, Blocks, Matrix, multiply
+from gemma_opt.engine.kernels.triton_library import PIECE_BYTES, multiply_by_library
+from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, multiply
+from gemma_opt.engine.linear import gated_gelu
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +34,20 @@ CANDIDATES = tuple(
 )  # fmt: skip
 ONE_STEP = tuple((outputs, inputs, warps) for outputs, warps in ((16, 1), (32, 2)) for inputs in (256, 512, 1024))
 """Outputs, inputs and warps of blocks that need one step, their splits following from the matrix: see `_linear_kernel`."""
-MANY = tuple(
-    Blocks(outputs, inputs, 1, warps, stages)
-    for outputs, inputs, warps, stages in ((32, 256, 2, 3), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 8, 3))
-)
-"""For MOST_ROWS rows of prefill, where nothing has to equal decode bit for bit."""
+MANY = {
+    rows: tuple(Blocks(outputs, inputs, 1, warps, stages, tile) for outputs, inputs, warps, stages, tile in tiles)
+    for rows, tiles in (
+        (64, ((32, 256, 2, 3, 64), (64, 128, 4, 4, 64), (64, 128, 8, 4, 64), (128, 128, 8, 3, 64))),
+        (288, ((64, 128, 4, 3, 64), (128, 64, 4, 4, 64), (128, 128, 8, 3, 64), (64, 128, 4, 3, 128), (128, 64, 8, 4, 128))),
+    )
+}
+"""For chunks of prefill up to so many rows, where nothing has to equal decode bit for bit; the last up to LONGEST."""
+LONGEST = 512  # rows: for more the vendor's library, which converts the weights once for all of them
 ENOUGH_PROGRAMS = 264  # two for each multiprocessor of the largest GPU: fewer leave bandwidth unused
 ENOUGH_WARPS = 528  # four for each, so that some compute while others wait: candidates with fewer are not tried,
 MOST_WARPS = 2640  # nor splits that give more
+SPLITS_OF_MANY = (1, 2, 4, 8)
 MOST_SPLITS = 10  # the next kernel adds them up
-MANY_ROWS = f":{MOST_ROWS} rows"
 ROUNDS = 5
 
 
@@ -62,9 +67,10 @@ class Tuning:
         """The measured blocks, or those of the rule."""
         return self._chosen.get(self._key(matrix, gated)) or default_blocks(matrix, gated=gated)
 
-    def blocks_of_many(self, matrix: Matrix) -> Blocks | None:
+    def blocks_of_many(self, matrix: Matrix, rows: int, *, gated: bool = False) -> Blocks | None:
         """For more rows than a decode step has: None is `multiply_by_library`, the choice also where nothing was measured."""
-        return self._chosen.get(self._key(matrix, gated=False) + MANY_ROWS)
+        timed = next((most for most in MANY if rows <= most), max(MANY))
+        return None if rows > LONGEST else self._chosen.get(self._key(matrix, gated, timed))
 
     def measure(self, uses: Sequence[tuple[Matrix, bool]]) -> int:
         """Time every candidate on the matrices of each kind that has no blocks yet; returns how many kinds that were.
@@ -80,7 +86,8 @@ class Tuning:
         for key, alike in missing.items():
             matrices = [matrix for matrix, _ in alike]
             self._chosen[key] = self._fastest(matrices, gated=alike[0][1])
-            self._chosen[self._key(matrices[0], gated=False) + MANY_ROWS] = self._fastest_of_many(matrices)
+            for rows in MANY:
+                self._chosen[self._key(*alike[0], rows)] = self._fastest_of_many(matrices, rows, gated=alike[0][1])
             log.info("blocks of %s: %s", key, self._chosen[key])
         return len(missing)
 
@@ -107,27 +114,33 @@ class Tuning:
             for matrix, gated in uses:
                 for blocks in _candidates(matrix, gated=gated):
                     multiply(matrix, *self._operands(matrix, blocks, gated=gated), blocks, gated=gated, compile_only=True)
-                for blocks in MANY:
-                    multiply(matrix, *self._operands(matrix, blocks, rows=MOST_ROWS), blocks, compile_only=True)
+                for rows in MANY:
+                    for blocks in _candidates_of_many(matrix, rows, gated=gated):
+                        operands = self._operands(matrix, blocks, rows=rows, gated=gated)
+                        multiply(matrix, *operands, blocks, gated=gated, compile_only=True)
 
     def _operands(self, matrix: Matrix, blocks: Blocks, *, rows: int = 1, gated: bool = False) -> tuple[Tensor, Tensor]:
         """Random rows, and where their product goes."""
         x = torch.randn(rows, matrix.in_features, device=matrix.weight.device).to(self._dtype)
         width = matrix.out_features // 2 if gated else matrix.out_features
-        whole = gated or rows > 1
+        whole = gated or (rows > 1 and blocks.splits == 1)
         return x, torch.empty(blocks.splits, rows, width, device=x.device, dtype=self._dtype if whole else torch.float32)
 
     def _fastest(self, matrices: Sequence[Matrix], *, gated: bool) -> Blocks:
         timings = {blocks: self._time(matrices, blocks, gated=gated) for blocks in _candidates(matrices[0], gated=gated)}
         return min(timings, key=lambda blocks: timings[blocks])
 
-    def _fastest_of_many(self, matrices: Sequence[Matrix]) -> Blocks | None:
-        x, _ = self._operands(matrices[0], MANY[0], rows=MOST_ROWS)
-        x_scale = None if matrices[0].activation == "none" else torch.ones(MOST_ROWS, device=x.device)
-        by_library = time_captured(lambda: [multiply_by_library(matrix, x, x_scale) for matrix in matrices])
-        timings = {blocks: self._time(matrices, blocks, rows=MOST_ROWS) for blocks in MANY}
-        best = min(timings, key=lambda blocks: timings[blocks])
-        return best if timings[best] < by_library else None
+    def _fastest_of_many(self, matrices: Sequence[Matrix], rows: int, *, gated: bool) -> Blocks | None:
+        timings: dict[Blocks | None, float] = {
+            blocks: self._time(matrices, blocks, rows=rows, gated=gated)
+            for blocks in _candidates_of_many(matrices[0], rows, gated=gated)
+        }
+        if timings:
+            x = torch.randn(rows, matrices[0].in_features, device=matrices[0].weight.device).to(self._dtype)
+            x_scale = None if matrices[0].activation == "none" else torch.ones(rows, device=x.device)
+            end = gated_gelu if gated else torch.Tensor.detach
+            timings[None] = time_captured(lambda: [end(multiply_by_library(matrix, x, x_scale)) for matrix in matrices])
+        return min(timings, key=lambda blocks: timings[blocks], default=None)
 
     def _time(self, matrices: Sequence[Matrix], blocks: Blocks, *, rows: int = 1, gated: bool = False) -> float:
         """Seconds of the rows through all the matrices; infinite for blocks that the GPU cannot hold."""
@@ -138,8 +151,9 @@ class Tuning:
             return float("inf")
         return time_captured(lambda: [multiply(matrix, x, out, blocks, gated=gated) for matrix in matrices])
 
-    def _key(self, matrix: Matrix, gated: bool) -> str:
-        return f"{matrix.key}{':gated' if gated else ''}:{str(self._dtype)[6:]}"
+    def _key(self, matrix: Matrix, gated: bool, rows: int = 0) -> str:
+        """rows: of MANY, 0 for a decode step."""
+        return f"{matrix.key}{':gated' if gated else ''}:{str(self._dtype)[6:]}{f':{rows} rows' if rows else ''}"
 
 
 def _candidates(matrix: Matrix, *, gated: bool) -> list[Blocks]:
@@ -159,6 +173,25 @@ def _candidates(matrix: Matrix, *, gated: bool) -> list[Blocks]:
 
     few = min(ENOUGH_WARPS, max(map(warps, possible)) // 2)
     return [blocks for blocks in possible if few <= warps(blocks) and (blocks.splits == 1 or warps(blocks) <= MOST_WARPS)]
+
+
+def _candidates_of_many(matrix: Matrix, rows: int, *, gated: bool) -> list[Blocks]:
+    """Those of MANY in as many splits as give the largest GPU one to four programs a multiprocessor, if that is possible.
+
+    Gated ones are whole, and need the registers of 8 warps for two sums. None where results would take more memory than the
+    library's weights: a head, which no chunk needs for every row.
+    """
+    if 4 * rows * matrix.out_features > PIECE_BYTES:
+        return []
+    found: dict[Blocks, None] = {}
+    for blocks in MANY[rows]:
+        if gated and blocks.warps < 8:
+            continue
+        tiles = triton.cdiv(matrix.out_features, blocks.outputs) * triton.cdiv(rows, blocks.rows)
+        several = [splits for splits in SPLITS_OF_MANY if ENOUGH_PROGRAMS // 2 <= tiles * splits < 2 * ENOUGH_PROGRAMS]
+        for splits in [1] if gated else several or [1]:
+            found[replace(blocks, inputs=2 * matrix.half or blocks.inputs, splits=splits)] = None
+    return list(found)
 
 
 def default_blocks(matrix: Matrix, *, gated: bool) -> Blocks:

@@ -14,7 +14,7 @@ from gemma_opt import gemma
 from gemma_opt.policy import Plan, PlanRow, Role
 from gemma_opt.recipe import FLOATS, TEXT_ROLES, Int4, Int8DynamicInt4
 
-CHUNK_SIZES = (32, 64, 128, 288, 512)  # engine.graphs
+CHUNK_SIZES = (16, 32, 64, 128, 288, 512)  # engine.graphs
 PICTURE_CACHE_BYTES = 32 * 2**20  # engine.pictures
 PIECE_BYTES = 32 * 2**20  # engine.kernels.triton_library
 ATTENTION_RUNS = 16  # engine.kernels.triton_attention.SPLITS

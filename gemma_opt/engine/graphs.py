@@ -45,7 +45,7 @@ class Prefill(Protocol):
         ...
 
 
-CHUNK_SIZES = (32, 64, 128, 288, 512)  # of tokens: 288 are a picture's 256 and some text before it
+CHUNK_SIZES = (16, 32, 64, 128, 288, 512)  # of tokens: 16 cost what a decode step costs; 288 hold a picture and text before it
 UNDER_WAY = 2  # decode steps at most, of which the tokens are not read yet
 WARM_UPS = 2  # runs before a capture: compile kernels, allocate what libraries allocate once
 

@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from gemma_opt.engine.batch import Level
 from gemma_opt.engine.kernels import (
     triton_attention,
+    triton_chunk,
     triton_grid,
     triton_int4,
     triton_layer,
@@ -143,6 +144,30 @@ def attention(dtype: torch.dtype) -> Compile:
     )  # fmt: skip
 
 
+def chunk_attention(dtype: torch.dtype, tokens: int) -> Compile:
+    """Of a chunk, over the same heads, cut up as on that GPU."""
+    narrow = dtype == torch.bfloat16
+    kind = "bf16" if narrow else "fp32"
+    pointers = {
+        **dict.fromkeys(("query", "keys", "values"), kind), **dict.fromkeys(("slot", "positions", "pictures"), "i64"),
+        **dict.fromkeys(("most", "total", "mixed"), "fp32"),
+    }  # fmt: skip
+    constants = {
+        "heads": 8, "kv_heads": 4, "head_dim": 256, "operand": tl.bfloat16 if narrow else tl.float32, "block_dim": 256,
+        "block": triton_attention.BLOCK if narrow else triton_attention.BLOCK // 2,
+    }  # fmt: skip
+
+    def build(capability: int) -> dict[str, int]:
+        tile, splits = triton_chunk.cut(2 * tokens, 4, wgmma=narrow and capability >= 90)
+        whole = {**constants, "block_rows": tile, "splits": splits}
+        scalars = {**dict.fromkeys(("tokens", "length", "window"), "i32"), "scale": "fp32"}
+        return compiled(triton_chunk._attend_chunk_kernel, pointers, scalars, whole, warps=triton_attention.THREADS // 32)(
+            capability
+        )
+
+    return build
+
+
 KERNELS: dict[str, Compile] = {
     "int8": linear("int8", Blocks(splits=4)),
     "int8 in one step": linear("int8", Blocks(outputs=16, inputs=512, splits=5, warps=1)),
@@ -194,6 +219,13 @@ KERNELS: dict[str, Compile] = {
     ),
     "attention": attention(torch.bfloat16),
     "attention of float32": attention(torch.float32),
+    "attention of a chunk of 16": chunk_attention(torch.bfloat16, 16),
+    "attention of a chunk of 288": chunk_attention(torch.bfloat16, 288),
+    "attention of a chunk of 288 of float32": chunk_attention(torch.float32, 288),
+    "join": compiled(
+        triton_chunk._join_kernel, {"most": "fp32", "total": "fp32", "mixed": "fp32", "out": "bf16"}, {},
+        {"head_dim": 256, "splits": 16, "block_dim": 256}, warps=4,
+    ),
     "place qkv": compiled(
         triton_layer._place_qkv_kernel,
         {**PLACED, "query": "bf16", "keys": "bf16", "values": "bf16"},

@@ -7,7 +7,7 @@ transformers' `generate` is the oracle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,8 +101,7 @@ class TextModel:
         Rows after `last` may hold anything finite: nobody looks at them, and later positions overwrite what they leave in
         the cache. All positions lie below `reach`, no ring wraps: the caller sees to it.
         """
-        biases = self.biases(chunk.positions, chunk.pictures)
-        return self._prefill_step(chunk.embeddings, chunk.positions, chunk.slot, chunk.last, biases)
+        return self._prefill_step(chunk.embeddings, chunk.positions, chunk.slot, chunk.last, chunk.pictures)
 
     def biases(self, positions: Tensor, pictures: Tensor) -> dict[bool, Tensor]:
         """The `bias_of` what each row sees below `reach`, in sliding (True) and in full layers: [rows · group, reach].
@@ -116,8 +115,9 @@ class TextModel:
         return {sliding: bias_of(mask, self.weights.shape.group, self.weights.dtype) for sliding, mask in seen.items()}
 
     def _prefill_with_torch(
-        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, biases: Mapping[bool, Tensor]
+        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, pictures: Tensor
     ) -> Tensor:
+        biases = self.biases(positions, pictures)
         rotations = {sliding: self.rope.at(positions, sliding=sliding) for sliding in (True, False)}
         x = embeddings
         for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,12 +25,10 @@ class DecodeStep(Protocol):
 
 
 class PrefillStep(Protocol):
-    """A chunk of one slot's prompt: the part of `TextModel.prefill_static` that is the same for every chunk."""
+    """A chunk of one slot's prompt: what `TextModel.prefill_static` promises."""
 
-    def __call__(
-        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, biases: Mapping[bool, Tensor]
-    ) -> Tensor:
-        """Float32 logits [vocabulary] after row `last`. biases: [rows · group, reach], see `TextModel.biases`."""
+    def __call__(self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, pictures: Tensor) -> Tensor:
+        """Float32 logits [vocabulary] after row `last`. The arguments are those of `forward.StaticChunk`."""
         ...
 
 

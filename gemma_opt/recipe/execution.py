@@ -35,7 +35,8 @@ class EngineSection(Section):
     """How requests are served: at once, waiting, tokens a slot can hold, wall-clock limit of one reply.
 
     kind: `reference` is transformers' own decoding, one request at a time. prefill_chunk: tokens of a prompt read between
-    two decode steps. lookup: longest guess of speculative decoding by prompt lookup, 0 for none; it never changes a reply.
+    two decode steps. lookup: longest guess of speculative decoding by prompt lookup, 0 for none; what is guessed never changes
+    a reply (on a GPU a step of an engine that guesses at all may round otherwise than one of an engine that does not).
     """
 
     kind: Literal["fast", "reference"] = "fast"

@@ -41,20 +41,22 @@ def _prefetch_block(keys, values, base, first, last, length: tl.constexpr, head_
         prefetch(tl.where(position < last, start, keys.to(tl.int64)), row_bytes // pieces)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _attend_kernel(partial, rows, slots, positions, query_norm, key_norm, cos, sin, eps, keys, values, most, total, mixed,
                    ended, out, scale, window, placed: tl.constexpr, qkv_splits: tl.constexpr, heads: tl.constexpr,
                    kv_heads: tl.constexpr, head_dim: tl.constexpr, length: tl.constexpr, splits: tl.constexpr,
                    operand: tl.constexpr, block_shared: tl.constexpr, block_heads: tl.constexpr, block_half: tl.constexpr,
-                   block_dim: tl.constexpr, block: tl.constexpr, early: tl.constexpr, threads: tl.constexpr):  # fmt: skip
+                   block: tl.constexpr, early: tl.constexpr, threads: tl.constexpr):  # fmt: skip
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = out.dtype.element_ty
     all_heads: tl.constexpr = heads + 2 * kv_heads
     shared: tl.constexpr = heads // kv_heads
     half: tl.constexpr = head_dim // 2
     h = tl.arange(0, block_heads)
-    d = tl.arange(0, block_dim)
     low_d = tl.arange(0, block_half)
+    part_of_half = tl.arange(0, 2 * block_half) % block_half  # two halves, also where those are no powers of 2
+    d = tl.arange(0, 2 * block_half) // block_half * half + part_of_half
+    inside = part_of_half < half
     position = tl.load(positions + row).to(tl.int32)
     begin = tl.maximum(position + 1 - window, 0)
     run = (tl.cdiv(position + 1 - begin, block) + splits - 1) // splits * block
@@ -63,50 +65,46 @@ def _attend_kernel(partial, rows, slots, positions, query_norm, key_norm, cos, s
     base = (tl.load(slots + row).to(tl.int64) * kv_heads + kv_head) * length
     if early:  # what other steps left in the cache is under way before this one's queries are there
         _prefetch_block(keys, values, base, first, last, length, head_dim, block, threads)
+    own = (last > position) & (not placed)  # the key and value of the row's own position come from here
+    is_key = h == shared  # a row of the tile below the queries
     always = tl.full((1, 1), True, tl.int1)
-    norm_low, norm_high = load_halves(query_norm, always, head_dim, block_half)
+    query_norms = load_halves(query_norm, always, head_dim, block_half)
+    key_norms = load_halves(key_norm, always, head_dim, block_half)
+    norm_low = tl.where(is_key[:, None], key_norms[0], query_norms[0])
+    norm_high = tl.where(is_key[:, None], key_norms[1], query_norms[1])
     c = tl.load(cos + position * half + low_d, mask=low_d < half, other=0.0)[None, :]
     s = tl.load(sin + position * half + low_d, mask=low_d < half, other=0.0)[None, :]
     wait_for_input(early)
     if first > position:
         return
-    low, high = sum_halves(partial, row, rows, kv_head * shared + h, h < shared, dtype, qkv_splits, all_heads, head_dim,
+    head = tl.where(is_key, heads + kv_head, kv_head * shared + h)
+    low, high = sum_halves(partial, row, rows, head, (h < shared) | (is_key & own), dtype, qkv_splits, all_heads, head_dim,
                            block_half)  # fmt: skip
+    value = tl.zeros((2 * block_half,), tl.float32)
+    for part in tl.static_range(qkv_splits):
+        at = ((part * rows + row) * all_heads + heads + kv_heads + kv_head) * head_dim
+        value += tl.load(partial + at + d, mask=inside & own, other=0.0)
+    value = value.to(dtype)
     low, high = norm_and_rotate(low, high, norm_low, norm_high, c, s, eps, head_dim)
-    top = tl.full((block_heads,), float("-inf"), tl.float32)
-    weight = tl.zeros((block_heads,), tl.float32)
-    acc = tl.zeros((block_heads, block_dim), tl.float32)
-    if not placed and last > position:  # the run of the row's own position, whose key and value come from here
-        one = tl.arange(0, 1)
-        key_low, key_high = sum_halves(partial, row, rows, heads + kv_head + one, one == 0, dtype, qkv_splits, all_heads,
-                                       head_dim, block_half)  # fmt: skip
-        key_norms = load_halves(key_norm, always, head_dim, block_half)
-        key_low, key_high = norm_and_rotate(key_low, key_high, key_norms[0], key_norms[1], c, s, eps, head_dim)
-        value = tl.zeros((block_dim,), tl.float32)
-        for part in tl.static_range(qkv_splits):
-            at = ((part * rows + row) * all_heads + heads + kv_heads + kv_head) * head_dim
-            value += tl.load(partial + at + d, mask=d < head_dim, other=0.0)
-        value = value.to(dtype)
-        place = (base + position % length) * head_dim
-        tl.store(keys + place + low_d[None, :], key_low, mask=low_d[None, :] < half)
-        tl.store(keys + place + half + low_d[None, :], key_high, mask=low_d[None, :] < half)
-        tl.store(values + place + d, value, mask=d < head_dim)
-        products = low.to(tl.float32) * key_low.to(tl.float32) + high.to(tl.float32) * key_high.to(tl.float32)
-        top = tl.sum(products, 1) * scale
-        weight += 1.0
-        acc += value.to(tl.float32)[None, :]
-        last = position
-    low, high = low.to(operand), high.to(operand)
+    key_low = tl.sum(tl.where(is_key[:, None], low.to(tl.float32), 0.0), 0)
+    key_high = tl.sum(tl.where(is_key[:, None], high.to(tl.float32), 0.0), 0)
+    own_place = (base + position % length) * head_dim
+    tl.store(keys + own_place + low_d, key_low.to(dtype), mask=(low_d < half) & own)
+    tl.store(keys + own_place + half + low_d, key_high.to(dtype), mask=(low_d < half) & own)
+    tl.store(values + own_place + d, value, mask=inside & own)
+    scores_of_own = tl.sum(low.to(tl.float32) * key_low[None, :] + high.to(tl.float32) * key_high[None, :], 1) * scale
+    top = tl.where(own, scores_of_own, float("-inf"))
+    weight = tl.zeros((block_heads,), tl.float32) + tl.where(own, 1.0, 0.0)
+    acc = tl.zeros((block_heads, 2 * block_half), tl.float32) + value.to(tl.float32)[None, :]
+    last = tl.where(own, position, last)
+    query = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (block_heads, 2 * block_half)).to(operand)
     while first < last:
         p = first + tl.arange(0, block)
-        place = (base + p % length)[:, None] * head_dim
-        mask = p[:, None] < last
-        low_mask = mask & (low_d[None, :] < half)
-        k_low = tl.load(keys + place + low_d[None, :], mask=low_mask, other=0.0).to(operand)
-        k_high = tl.load(keys + place + half + low_d[None, :], mask=low_mask, other=0.0).to(operand)
-        v = tl.load(values + place + d[None, :], mask=mask & (d[None, :] < head_dim), other=0.0).to(operand)
-        scores = tl.dot(low, tl.trans(k_low), input_precision="ieee")
-        scores = tl.dot(high, tl.trans(k_high), scores, input_precision="ieee") * scale
+        place = (base + p % length)[:, None] * head_dim + d[None, :]
+        mask = (p[:, None] < last) & inside[None, :]
+        k = tl.load(keys + place, mask=mask, other=0.0).to(operand)
+        v = tl.load(values + place, mask=mask, other=0.0).to(operand)  # under way while the scores are computed
+        scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(p[None, :] < last, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shares = tl.exp(scores - new_top[:, None])
@@ -120,13 +118,13 @@ def _attend_kernel(partial, rows, slots, positions, query_norm, key_norm, cos, s
     tl.store(most + head * splits + split, top, mask=h < shared)
     tl.store(total + head * splits + split, weight, mask=h < shared)
     tl.store(mixed + (head * splits + split)[:, None] * head_dim + d[None, :], acc,
-             mask=(h[:, None] < shared) & (d[None, :] < head_dim))  # fmt: skip
+             mask=(h[:, None] < shared) & inside[None, :])  # fmt: skip
     tl.debug_barrier()  # all threads have stored before one says so
     runs = tl.cdiv(position + 1 - begin, run)
     if tl.atomic_add(ended + row * kv_heads + kv_head, 1, sem="acq_rel") == runs - 1:
         tl.store(ended + row * kv_heads + kv_head, 0)  # for the next launch
         _join_runs(most, total, mixed, out, row * heads + kv_head * shared, runs, shared, head_dim, splits, block_shared,
-                   block_dim)  # fmt: skip
+                   2 * block_half)  # fmt: skip
 
 
 @triton.jit
@@ -189,8 +187,8 @@ def attend(given: Heads, keys: Tensor, values: Tensor, out: Tensor, scratch: Scr
         keys, values, scratch.most, scratch.total, scratch.mixed, scratch.ended, out, scale,
         length if window is None else window, placed=placed, qkv_splits=splits, heads=heads, kv_heads=kv_heads,
         head_dim=head_dim, length=length, splits=SPLITS, operand=operand_of(out.dtype), block_shared=block_shared,
-        block_heads=max(16, block_shared), block_half=max(16, triton.next_power_of_2(head_dim // 2)),
-        block_dim=triton.next_power_of_2(head_dim),
+        block_heads=max(16, triton.next_power_of_2(heads // kv_heads + 1)),
+        block_half=max(16, triton.next_power_of_2(head_dim // 2)),
         block=BLOCK if out.dtype.itemsize == 2 else BLOCK // 2,  # float32 keys and values have to fit an L40S too
         early=early, threads=THREADS, num_warps=THREADS // 32, num_stages=2, launch_pdl=early,
     )  # fmt: skip

@@ -27,7 +27,7 @@ class TritonDecode:
     """A `DecodeStep` over given weights and cache.
 
     A call may have as many rows as the cache's slots and slack allow. The logits returned lie in a buffer that the next call
-    overwrites. Quantized inputs take one launch more a product, low rank two, rows that guess one more a layer.
+    overwrites. Quantized inputs take one launch more a product, low rank two, a cache with slack one more a layer.
     """
 
     def __init__(self, weights: TextWeights, cache: KvCache, rope: RopeTables, tuning: Tuning) -> None:
@@ -65,7 +65,7 @@ class TritonDecode:
         partial = self._multiply(layer.qkv, normed)
         given = Heads(partial, slots, positions, layer.query_norm, layer.key_norm, cos, sin, shape.eps)
         if placed:
-            place_qkv(given, buffers.query[:rows], cache.keys, cache.values)
+            place_qkv(given, None, cache.keys, cache.values)
         window = shape.window if layer.sliding else None
         triton_attention.attend(
             given, cache.keys, cache.values, out, buffers.scratch, scale=shape.attention_scale, window=window, placed=placed
@@ -111,7 +111,6 @@ class _Buffers:
 
         self.residual = empty(rows, shape.hidden, like=dtype)
         self.normed = empty(rows, shape.hidden, like=dtype)
-        self.query = empty(rows, shape.heads, shape.head_dim, like=dtype)
         self.attended = empty(rows, shape.heads * shape.head_dim, like=dtype)
         self.scratch = triton_attention.Scratch.empty(rows, shape.heads, shape.kv_heads, shape.head_dim, device)
         self._gated = empty(rows * max((matrix.out_features // 2 for matrix, gated in uses if gated), default=0), like=dtype)

@@ -34,7 +34,7 @@ def _nearest_e4m3(x):
     return tl.where(tl.abs(x) < 0.015625, _nearest_whole(x * 512.0) * 0.001953125, bits.to(tl.float32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _settle_kernel(partial, rows, input_scale, steps, scales, splits: tl.constexpr, width: tl.constexpr, limit: tl.constexpr,
                    is_static: tl.constexpr, block: tl.constexpr, early: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)

@@ -34,7 +34,7 @@ def _embed_kernel(tokens, table, scale, norm, residual, normed, eps, embedding_s
     _store_normed(x, tl.load(norm + d, mask=inside, other=0.0), normed, row, d, inside, eps, hidden)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_norm_kernel(partial, rows, post_norm, residual, next_norm, normed, eps, splits: tl.constexpr, hidden: tl.constexpr,
                      block: tl.constexpr, early: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
@@ -97,13 +97,13 @@ def norm_and_rotate(low, high, norm_low, norm_high, cos, sin, eps, head_dim: tl.
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _place_qkv_kernel(partial, rows, slots, positions, query_norm, key_norm, cos, sin, query, keys, values, eps,
-                      splits: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr,
-                      length: tl.constexpr, block: tl.constexpr, early: tl.constexpr):  # fmt: skip
+                      splits: tl.constexpr, first_head: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr,
+                      head_dim: tl.constexpr, length: tl.constexpr, block: tl.constexpr, early: tl.constexpr):  # fmt: skip
     """One head of one row: query heads first, then key heads, then value heads."""
     row = tl.program_id(0)
-    head = tl.program_id(1) + tl.arange(0, 1)
+    head = first_head + tl.program_id(1) + tl.arange(0, 1)
     half: tl.constexpr = head_dim // 2
     d = tl.arange(0, block)[None, :]
     is_query, is_value = (head < heads)[:, None], (head >= heads + kv_heads)[:, None]
@@ -111,7 +111,7 @@ def _place_qkv_kernel(partial, rows, slots, positions, query_norm, key_norm, cos
     query_norms = load_halves(query_norm, is_query, head_dim, block)
     key_norms = load_halves(key_norm, is_key, head_dim, block)
     wait_for_input(early)
-    low, high = sum_halves(partial, row, rows, head, head >= 0, query.dtype.element_ty, splits, heads + 2 * kv_heads, head_dim,
+    low, high = sum_halves(partial, row, rows, head, head >= 0, keys.dtype.element_ty, splits, heads + 2 * kv_heads, head_dim,
                            block)  # fmt: skip
     position = tl.load(positions + row)
     c = tl.load(cos + position * half + d, mask=d < half, other=0.0)
@@ -174,17 +174,19 @@ class Heads:
     eps: float
 
 
-def place_qkv(given: Heads, query: Tensor, keys: Tensor, values: Tensor) -> None:
+def place_qkv(given: Heads, query: Tensor | None, keys: Tensor, values: Tensor) -> None:
     """Norm and rotate queries and keys; queries go to query [rows, heads, head_dim], keys and values into the cache.
 
-    keys, values: [slots, kv_heads, length, head_dim], written at position modulo length.
+    keys, values: [slots, kv_heads, length, head_dim], written at position modulo length. query None: no queries are made.
     """
-    splits, rows, _ = given.partial.shape
-    _, heads, head_dim = query.shape
-    _, kv_heads, length, _ = keys.shape
-    early = overlaps(query)
-    _place_qkv_kernel[(rows, heads + 2 * kv_heads)](
-        given.partial, rows, given.slots, given.positions, given.query_norm, given.key_norm, given.cos, given.sin, query, keys,
-        values, given.eps, splits=splits, heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=length,
-        block=triton.next_power_of_2(head_dim // 2), num_warps=1, early=early, launch_pdl=early,
+    splits, rows, width = given.partial.shape
+    _, kv_heads, length, head_dim = keys.shape
+    heads = width // head_dim - 2 * kv_heads
+    first_head = heads if query is None else 0
+    early = overlaps(keys)
+    _place_qkv_kernel[(rows, heads + 2 * kv_heads - first_head)](
+        given.partial, rows, given.slots, given.positions, given.query_norm, given.key_norm, given.cos, given.sin,
+        keys if query is None else query, keys, values, given.eps, splits=splits, first_head=first_head, heads=heads,
+        kv_heads=kv_heads, head_dim=head_dim, length=length, block=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        early=early, launch_pdl=early,
     )  # fmt: skip

@@ -41,7 +41,8 @@ MOST_ROWS = 64  # rows of a decode step's tile; more are several tiles, which re
 class Blocks:
     """How one matrix is cut up. outputs × inputs: the tile of a program and step; splits: programs along the inputs.
 
-    rows: of activations in a tile, at most. int4 has its own inputs: a block of its layout.
+    outputs are rows of the weight: of a gated product half are gate and half up. rows: of activations in a tile, at most.
+    int4 has its own inputs: a block of its layout.
     """
 
     outputs: int = 32

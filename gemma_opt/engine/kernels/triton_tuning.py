@@ -19,18 +19,19 @@ import triton
 from torch import Tensor
 
 from gemma_opt.engine.kernels.triton_library import PIECE_BYTES, multiply_by_library
-from gemma_opt.engine.kernels.triton_linear import Blocks, Matrix, multiply
+from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, Blocks, Matrix, multiply
 from gemma_opt.engine.linear import gated_gelu
 
 log = logging.getLogger(__name__)
 
+MOST_SPLITS = 10
 CANDIDATES = tuple(
     Blocks(outputs, inputs, splits, warps, stages)
     for outputs, inputs, warps, stages in (
-        (16, 128, 1, 6), (16, 256, 1, 3), (16, 256, 1, 4), (16, 512, 1, 3), (32, 128, 2, 5), (32, 256, 2, 3), (32, 256, 2, 4),
-        (32, 512, 2, 3),
+        (16, 128, 1, 6), (16, 256, 1, 3), (16, 256, 1, 4), (16, 512, 1, 3), (32, 256, 1, 4), (32, 128, 2, 5), (32, 256, 2, 3),
+        (32, 256, 2, 4), (32, 512, 2, 3), (64, 256, 2, 3),
     )
-    for splits in (1, 2, 4, 5, 8, 10)
+    for splits in range(1, MOST_SPLITS + 1)
 )  # fmt: skip
 ONE_STEP = tuple((outputs, inputs, warps) for outputs, warps in ((16, 1), (32, 2)) for inputs in (256, 512, 1024))
 """Outputs, inputs and warps of blocks that need one step, their splits following from the matrix: see `_linear_kernel`."""
@@ -47,7 +48,8 @@ ENOUGH_PROGRAMS = 264  # two for each multiprocessor of the largest GPU: fewer l
 ENOUGH_WARPS = 528  # four for each, so that some compute while others wait: candidates with fewer are not tried,
 MOST_WARPS = 2640  # nor splits that give more
 SPLITS_OF_MANY = (1, 2, 4, 8)
-MOST_SPLITS = 10  # the next kernel adds them up
+ADDED_PER_SECOND = 1e11  # bytes of partial results: the next kernel adds those of a row up on one multiprocessor
+ROWS = (1, 8)  # for which a decode step's blocks are timed: one compiled kernel serves both
 ROUNDS = 5
 
 
@@ -123,11 +125,15 @@ class Tuning:
         """Random rows, and where their product goes."""
         x = torch.randn(rows, matrix.in_features, device=matrix.weight.device).to(self._dtype)
         width = matrix.out_features // 2 if gated else matrix.out_features
-        whole = gated or (rows > 1 and blocks.splits == 1)
+        whole = gated or (rows > FEW_ROWS and blocks.splits == 1)
         return x, torch.empty(blocks.splits, rows, width, device=x.device, dtype=self._dtype if whole else torch.float32)
 
     def _fastest(self, matrices: Sequence[Matrix], *, gated: bool) -> Blocks:
-        timings = {blocks: self._time(matrices, blocks, gated=gated) for blocks in _candidates(matrices[0], gated=gated)}
+        adding_s = len(matrices) * 4 * matrices[0].out_features / ADDED_PER_SECOND
+        timings = {
+            blocks: sum(self._time(matrices, blocks, rows=rows, gated=gated) + blocks.splits * adding_s for rows in ROWS)
+            for blocks in _candidates(matrices[0], gated=gated)
+        }
         return min(timings, key=lambda blocks: timings[blocks])
 
     def _fastest_of_many(self, matrices: Sequence[Matrix], rows: int, *, gated: bool) -> Blocks | None:
@@ -153,18 +159,18 @@ class Tuning:
 
     def _key(self, matrix: Matrix, gated: bool, rows: int = 0) -> str:
         """rows: of MANY, 0 for a decode step."""
-        return f"{matrix.key}{':gated' if gated else ''}:{str(self._dtype)[6:]}{f':{rows} rows' if rows else ''}"
+        return f"{matrix.key}{':pairs' if gated else ''}:{str(self._dtype)[6:]}{f':{rows} rows' if rows else ''}"
 
 
 def _candidates(matrix: Matrix, *, gated: bool) -> list[Blocks]:
     """Those that give every split the same work, and enough warps. A gated product cannot be split: it is needed whole."""
     block = 2 * matrix.half  # of int4
     one_step = (Blocks(outputs, inputs, matrix.in_features // inputs, warps, 1) for outputs, inputs, warps in ONE_STEP)
-    few = (blocks for blocks in one_step if 1 < blocks.splits <= MOST_SPLITS and block in (0, blocks.inputs))
+    single = (blocks for blocks in one_step if 1 < blocks.splits <= MOST_SPLITS and block in (0, blocks.inputs))
     several = {replace(blocks, inputs=block or blocks.inputs): None for blocks in CANDIDATES}
     possible = [
         blocks
-        for blocks in (*several, *few)
+        for blocks in (*several, *single)
         if blocks.splits == 1 or (not gated and matrix.in_features % (blocks.splits * blocks.inputs) == 0)
     ]
 
@@ -178,15 +184,13 @@ def _candidates(matrix: Matrix, *, gated: bool) -> list[Blocks]:
 def _candidates_of_many(matrix: Matrix, rows: int, *, gated: bool) -> list[Blocks]:
     """Those of MANY in as many splits as give the largest GPU one to four programs a multiprocessor, if that is possible.
 
-    Gated ones are whole, and need the registers of 8 warps for two sums. None where results would take more memory than the
-    library's weights: a head, which no chunk needs for every row.
+    Gated ones are whole. None where results would take more memory than the library's weights: a head, which no chunk needs
+    for every row.
     """
     if 4 * rows * matrix.out_features > PIECE_BYTES:
         return []
     found: dict[Blocks, None] = {}
     for blocks in MANY[rows]:
-        if gated and blocks.warps < 8:
-            continue
         tiles = triton.cdiv(matrix.out_features, blocks.outputs) * triton.cdiv(rows, blocks.rows)
         several = [splits for splits in SPLITS_OF_MANY if ENOUGH_PROGRAMS // 2 <= tiles * splits < 2 * ENOUGH_PROGRAMS]
         for splits in [1] if gated else several or [1]:

@@ -22,7 +22,7 @@ from gemma_opt.engine.batch import Batch
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.compilation import SelectiveCompiler
 from gemma_opt.engine.forward import TextModel
-from gemma_opt.engine.graphs import Recorder, Tokens, prefill_of, steps_of
+from gemma_opt.engine.graphs import Recorder, Tokens, prefill_of, row_counts, steps_of
 from gemma_opt.engine.interface import EngineRequest, FinishReason
 from gemma_opt.engine.kernels import arrangement
 from gemma_opt.engine.kernels.gpu import speed_up_tower_
@@ -321,14 +321,17 @@ class Runner:
 
     def _measure_row_cost(self) -> float:
         """What one more row adds to a decode step, as a share of a step with one row. See `lookup.pays`."""
+        more = self._settings.lookup
 
         def seconds(rows: int) -> float:
-            positions = torch.arange(rows, device=self._device)
+            row = torch.arange(rows, device=self._device)
             started = time.perf_counter()
-            self._model.decode(torch.zeros_like(positions), torch.zeros_like(positions), positions).argmax(-1).tolist()
+            self._model.decode(torch.zeros_like(row), row // (1 + more), row % (1 + more)).argmax(-1).tolist()
             return time.perf_counter() - started
 
-        more = self._settings.lookup
+        if self._device.type == "cuda":  # such steps are not recorded: what they may need is compiled here
+            for rows in row_counts(self._settings.slots * (1 + more)):
+                seconds(rows)
         one, many = (min(seconds(rows) for _ in range(COST_ROUNDS)) for rows in (1, 1 + more))
         return max(0.0, many / one - 1) / more
 

@@ -318,8 +318,10 @@ def test_gated_products_of_prefill_are_those_of_the_torch_operations(kind: str, 
 
 def tuned_for_many(stored: Matrix, *, splits: int, gated: bool = False) -> Tuning:
     """As if these blocks were the fastest for chunks of every size, 128 rows a tile at most."""
-    key = f"{stored.key}{':gated' if gated else ''}:float32"
-    return Tuning(torch.float32, {f"{key}:{rows} rows": Blocks(32, 64, splits, 2, 2, 128) for rows in MANY})
+    key, blocks = Tuning(torch.float32)._key, Blocks(32, 64, splits, 2, 2, 128)
+    tuning = Tuning(torch.float32, {key(stored, gated, rows): blocks for rows in MANY})
+    assert tuning.blocks_of_many(stored, 40, gated=gated) == blocks
+    return tuning
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4-32z"])

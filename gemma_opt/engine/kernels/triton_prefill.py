@@ -31,15 +31,24 @@ class TritonPrefill:
         next_norms = [layer.input_norm for layer in layers[1:]] + [weights.final_norm]
         for layer, cache, next_norm in zip(layers, self._cache.layers, next_norms, strict=True):
             cos, sin = self._rope.sliding if layer.sliding else self._rope.full
-            partial = self._linear.partial(layer.qkv, normed)
-            given = Heads(partial, slots, positions, layer.query_norm, layer.key_norm, cos, sin, shape.eps)
-            place_qkv(given, query, cache.keys, cache.values)
+            # partial results have no names: the next product takes their memory
+            place_qkv(
+                Heads(
+                    self._linear.partial(layer.qkv, normed), slots, positions, layer.query_norm, layer.key_norm, cos, sin,
+                    shape.eps,
+                ),
+                query, cache.keys, cache.values,
+            )  # fmt: skip
             attended = attend_to_slot(
                 query, slot, positions, pictures, cache.keys, cache.values,
                 scale=shape.attention_scale, window=self._cache.window if layer.sliding else None,
             )  # fmt: skip
-            mixed = self._linear.partial(layer.o, attended)
-            add_norm(mixed, layer.post_attention_norm, residual, layer.pre_mlp_norm, normed, eps=shape.eps)
-            mixed = self._linear.partial(layer.down, self._linear.gated(layer.gate_up, normed))
-            add_norm(mixed, layer.post_mlp_norm, residual, next_norm, normed, eps=shape.eps)
+            add_norm(
+                self._linear.partial(layer.o, attended), layer.post_attention_norm, residual, layer.pre_mlp_norm, normed,
+                eps=shape.eps,
+            )  # fmt: skip
+            add_norm(
+                self._linear.partial(layer.down, self._linear.gated(layer.gate_up, normed)), layer.post_mlp_norm, residual,
+                next_norm, normed, eps=shape.eps,
+            )  # fmt: skip
         return self._linear(weights.head, normed.index_select(0, last)).float()[0]

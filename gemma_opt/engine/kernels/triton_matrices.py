@@ -155,7 +155,7 @@ class TritonLinear:
         The head meets one row of a prompt; 500 results of it would take more memory than anything that serves.
         """
         *layers, head = ([(part, matrix_of(part)) for part in parts_of(packed)] for packed in linears_of(weights))
-        for some, counts in ((layers, (*TILES, LONGEST + 1)), ([head], (1,))):
+        for some, counts in ((layers, (*TILES, LONGEST, LONGEST + 1)), ([head], (1,))):
             kinds = {(matrix.key, matrix.activation): (part, matrix) for parts in some for part, matrix in parts if matrix}
             for part, matrix in kinds.values():
                 for rows in counts:

@@ -110,7 +110,7 @@ def _converted_bytes(row: PlanRow, outputs: int, inputs: int, dtype: torch.dtype
     """Weights in `dtype` that exist for one product of many rows."""
     if isinstance(row.format, FLOATS):
         return 0
-    return min(outputs, max(8, PIECE_BYTES // (inputs * dtype.itemsize) // 8 * 8)) * inputs * dtype.itemsize
+    return min(outputs, max(16, PIECE_BYTES // (inputs * dtype.itemsize) // 16 * 16)) * inputs * dtype.itemsize
 
 
 def _picture_bytes(config: gemma.GemmaConfig, planned: Plan, dtype: torch.dtype) -> int:

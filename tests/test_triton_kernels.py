@@ -326,12 +326,14 @@ def tuned_for_many(stored: Matrix, *, splits: int, gated: bool = False) -> Tunin
 
 @pytest.mark.parametrize("kind", ["int8", "int4-32z"])
 def test_a_product_in_pieces_is_the_whole_product(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces have multiples of 8 outputs, the last one too: 6,553 once left every row of a 4B's gate and up misaligned."""
+    """Pieces have multiples of 16 outputs: 6,553 once left every row of a 4B's gate and up misaligned. And they are equal."""
     stored, meant = matrix(kind, 48, 256)
     x = torch.randn(70, 256, generator=seeded())
     monkeypatch.setattr(triton_library, "PIECE_BYTES", 23 * 4 * 256)
     assert triton_library._outputs_at_once(4 * 256) == 16
     assert error(multiply_by_library(stored, x.to(DEVICE)), x.double() @ meant.T) < CLOSE
+    large = Matrix(torch.empty(20_480, 2560, dtype=torch.int8, device="meta"), 2560)
+    assert [piece.start for piece in triton_library._pieces(large, 6544)] == [0, 5120, 10_240, 15_360]
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])

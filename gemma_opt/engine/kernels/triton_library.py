@@ -12,6 +12,7 @@ from gemma_opt.engine.kernels.triton_linear import Matrix, dequantize_int4
 from gemma_opt.engine.kernels.triton_rows import finish, widen
 
 LEAST_INTEGER_ROWS = 17  # the library refuses fewer
+TILE = 128  # outputs of the library's tiles, mostly
 PIECE_BYTES = 32 * 2**20  # of converted weights at a time: a 4B model's largest matrix is 105 MB in bfloat16
 
 
@@ -41,13 +42,16 @@ def _widened(matrix: Matrix, dtype: torch.dtype, outputs: slice) -> Tensor:
     return matrix.weight[outputs] if matrix.scale is None else widen(matrix.weight[outputs], dtype)
 
 
-def _pieces(matrix: Matrix, outputs: int) -> list[slice]:
+def _pieces(matrix: Matrix, most: int) -> list[slice]:
+    """Of `most` outputs at most, and about equal: a last one of few would take as long as a whole one."""
+    count = -(-matrix.out_features // most)
+    outputs = min(most, -(-matrix.out_features // (count * TILE)) * TILE)
     return [slice(begin, min(begin + outputs, matrix.out_features)) for begin in range(0, matrix.out_features, outputs)]
 
 
 def _outputs_at_once(output_bytes: int) -> int:
-    """Outputs of a piece: a multiple of 8, which the integer product asks for and which keeps rows of results aligned."""
-    return max(8, PIECE_BYTES // output_bytes // 8 * 8)
+    """Outputs of a piece: a multiple of 16, so that rows of results are aligned and all pieces meet one compiled `finish`."""
+    return max(16, PIECE_BYTES // output_bytes // 16 * 16)
 
 
 def _are_integers(matrix: Matrix, steps: Tensor) -> bool:

@@ -438,6 +438,7 @@ def test_few_blocks_are_tried_for_many_rows_and_none_where_results_would_fill_th
     assert tried(2560, 64) == [2, 4, 4, 8, 4, 8, 8]
     assert tried(2560, 288) == [1, 2, 2, 4, 2, 4, 2, 4, 4, 8]
     assert tried(20_480, 288, gated=True) == [1] * 5
+    assert tried(43_008, 288, gated=True) == [1] * 5, "a 27B's gate and up, of which half the width comes out"
     assert tried(262_208, 64) == []
 
 

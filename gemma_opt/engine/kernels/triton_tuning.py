@@ -145,7 +145,12 @@ class Tuning:
             x = torch.randn(rows, matrices[0].in_features, device=matrices[0].weight.device).to(self._dtype)
             x_scale = None if matrices[0].activation == "none" else torch.ones(rows, device=x.device)
             end = gated_gelu if gated else torch.Tensor.detach
-            timings[None] = time_captured(lambda: [end(multiply_by_library(matrix, x, x_scale)) for matrix in matrices])
+
+            def by_library() -> None:  # keeps no result: those of all layers would take more memory than anything that serves
+                for matrix in matrices:
+                    end(multiply_by_library(matrix, x, x_scale))
+
+            timings[None] = time_captured(by_library)
         return min(timings, key=lambda blocks: timings[blocks], default=None)
 
     def _time(self, matrices: Sequence[Matrix], blocks: Blocks, *, rows: int = 1, gated: bool = False) -> float:
@@ -187,7 +192,7 @@ def _candidates_of_many(matrix: Matrix, rows: int, *, gated: bool) -> list[Block
     Gated ones are whole. None where results would take more memory than the library's weights: a head, which no chunk needs
     for every row.
     """
-    if 4 * rows * matrix.out_features > PIECE_BYTES:
+    if 4 * rows * (matrix.out_features // 2 if gated else matrix.out_features) > PIECE_BYTES:
         return []
     found: dict[Blocks, None] = {}
     for blocks in MANY[rows]:

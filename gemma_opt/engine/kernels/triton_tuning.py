@@ -83,7 +83,11 @@ class Tuning:
         kinds: dict[str, list[tuple[Matrix, bool]]] = {}
         for matrix, gated in uses:
             kinds.setdefault(self._key(matrix, gated), []).append((matrix, gated))
-        missing = {key: alike for key, alike in kinds.items() if key not in self._chosen}
+        missing = {  # a file of an older version may know a kind and not all its numbers of rows
+            key: alike
+            for key, alike in kinds.items()
+            if not self._chosen.keys() >= {self._key(*alike[0], rows) for rows in (0, *MANY)}
+        }
         self._compile([alike[0] for alike in missing.values()])
         for key, alike in missing.items():
             matrices = [matrix for matrix, _ in alike]

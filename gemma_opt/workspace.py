@@ -115,7 +115,8 @@ def _converted_bytes(row: PlanRow, outputs: int, inputs: int, dtype: torch.dtype
 
 def _picture_bytes(config: gemma.GemmaConfig, planned: Plan, dtype: torch.dtype) -> int:
     """In the tower's MLP: residual, input, both sides of the activation; where kernels make that in place, residual, input,
-    both sides of the second product. And a converted weight.
+    both sides of the second product. And a converted weight; for int8 inputs their steps, as kernels and as the integer units
+    read them, and the second product's sums.
     """
     vision, size = getattr(config, "vision_config", None), dtype.itemsize
     if vision is None:
@@ -127,4 +128,6 @@ def _picture_bytes(config: gemma.GemmaConfig, planned: Plan, dtype: torch.dtype)
         return patches * 2 * (hidden + channels) * size
     in_place = not any(isinstance(kind, Int4 | Int8DynamicInt4) for kind in stored)
     states = 3 * hidden + channels if in_place else 2 * (hidden + channels)
+    if in_place and any(kind.activation.startswith("int8") for kind in stored):
+        return patches * (states * size + channels * (size + 1) + hidden * 4)
     return patches * states * size + hidden * channels * size

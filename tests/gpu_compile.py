@@ -150,7 +150,7 @@ def chunk_attention(dtype: torch.dtype, tokens: int) -> Compile:
     narrow = dtype == torch.bfloat16
     kind = "bf16" if narrow else "fp32"
     pointers = {
-        **dict.fromkeys(("query", "keys", "values"), kind), **dict.fromkeys(("slot", "positions", "pictures"), "i64"),
+        **dict.fromkeys(("query", "keys", "values", "out"), kind), **dict.fromkeys(("slot", "positions", "pictures"), "i64"),
         **dict.fromkeys(("most", "total", "mixed"), "fp32"),
     }  # fmt: skip
     constants = {
@@ -159,7 +159,7 @@ def chunk_attention(dtype: torch.dtype, tokens: int) -> Compile:
     }  # fmt: skip
 
     def build(capability: int) -> dict[str, int]:
-        tile, splits = triton_chunk.cut(2 * tokens, 4, wgmma=narrow and capability >= 90)
+        tile, splits = triton_chunk.cut(2 * tokens, 4, wgmma=narrow and capability == 90)
         whole = {**constants, "block_rows": tile, "splits": splits}
         scalars = {**dict.fromkeys(("tokens", "length", "window"), "i32"), "scale": "fp32"}
         return compiled(triton_chunk._attend_chunk_kernel, pointers, scalars, whole, warps=triton_attention.THREADS // 32)(

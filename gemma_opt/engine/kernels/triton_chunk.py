@@ -15,14 +15,14 @@ from torch import Tensor
 
 from gemma_opt.engine.kernels.triton_attention import BLOCK, SPLITS, THREADS
 from gemma_opt.engine.kernels.triton_linear import operand_of
-from gemma_opt.engine.kernels.triton_overlap import overlaps, wait_for_input
+from gemma_opt.engine.kernels.triton_overlap import has_wgmma, overlaps, wait_for_input
 
 LARGE_TILE, SMALL_TILE = 64, 16  # rows
 ENOUGH_PROGRAMS = 128  # about one for each multiprocessor of the largest GPU
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _attend_chunk_kernel(query, slot, positions, pictures, keys, values, most, total, mixed, tokens, length, scale,
+def _attend_chunk_kernel(query, slot, positions, pictures, keys, values, most, total, mixed, out, tokens, length, scale,
                          window, heads: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr, splits: tl.constexpr,
                          operand: tl.constexpr, block_rows: tl.constexpr, block_dim: tl.constexpr, block: tl.constexpr,
                          early: tl.constexpr):  # fmt: skip
@@ -69,10 +69,14 @@ def _attend_chunk_kernel(query, slot, positions, pictures, keys, values, most, t
         weight = weight * fade + tl.sum(shares, 1)
         top = new_top
         first += block
-    at = (token * heads + head) * splits + split  # [tokens, heads, splits], and with head_dim behind
-    tl.store(most + at, top, mask=inside)
-    tl.store(total + at, weight, mask=inside)
-    tl.store(mixed + at[:, None] * head_dim + d[None, :], acc, mask=q_mask & (top > float("-inf"))[:, None])
+    if splits == 1:
+        y = acc / tl.where(inside, weight, 1.0)[:, None]
+        tl.store(out + q_place, y.to(out.dtype.element_ty), mask=q_mask)
+    else:
+        at = (token * heads + head) * splits + split  # [tokens, heads, splits], and with head_dim behind
+        tl.store(most + at, top, mask=inside)
+        tl.store(total + at, weight, mask=inside)
+        tl.store(mixed + at[:, None] * head_dim + d[None, :], acc, mask=q_mask & (top > float("-inf"))[:, None])
 
 
 @triton.jit
@@ -102,21 +106,23 @@ def attend_to_slot(query: Tensor, slot: Tensor, positions: Tensor, pictures: Ten
     tokens, heads, head_dim = query.shape
     _, kv_heads, length, _ = keys.shape
     early, narrow = overlaps(query), query.dtype.itemsize == 2
-    block_rows, splits = cut(tokens * heads // kv_heads, kv_heads, wgmma=early and narrow)
+    block_rows, splits = cut(tokens * heads // kv_heads, kv_heads, wgmma=has_wgmma(query.device) and narrow)
     block_dim = triton.next_power_of_2(head_dim)
-    most, total = torch.empty(2, tokens, heads, splits, device=query.device)
-    mixed = torch.empty(tokens, heads, splits, head_dim, device=query.device)
+    parts = splits if splits > 1 else 0
+    most, total = torch.empty(2, tokens, heads, parts, device=query.device)
+    mixed = torch.empty(tokens, heads, parts, head_dim, device=query.device)
     out = torch.empty(tokens, heads * head_dim, dtype=query.dtype, device=query.device)
     _attend_chunk_kernel[(triton.cdiv(tokens * heads // kv_heads, block_rows), kv_heads, splits)](
-        query, slot, positions, pictures, keys, values, most, total, mixed, tokens, length, scale,
+        query, slot, positions, pictures, keys, values, most, total, mixed, out, tokens, length, scale,
         length if window is None else window, heads=heads, kv_heads=kv_heads, head_dim=head_dim, splits=splits,
         operand=operand_of(query.dtype), block_rows=block_rows, block_dim=block_dim,
         block=BLOCK if narrow else BLOCK // 2, early=early, num_warps=THREADS // 32, launch_pdl=early,
     )  # fmt: skip
-    _join_kernel[(tokens * heads,)](
-        most, total, mixed, out, head_dim=head_dim, splits=splits, block_dim=block_dim, num_warps=4, early=early,
-        launch_pdl=early,
-    )  # fmt: skip
+    if parts:
+        _join_kernel[(tokens * heads,)](
+            most, total, mixed, out, head_dim=head_dim, splits=splits, block_dim=block_dim, num_warps=4, early=early,
+            launch_pdl=early,
+        )  # fmt: skip
     return out
 
 

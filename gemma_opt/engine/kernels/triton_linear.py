@@ -9,8 +9,8 @@ Thin matrices are split along the input into partial results that the next kerne
 int8 and fp8 lie as in the checkpoint, with one scale per row. int4 lies as `Int4Halves`, so that a tile of bytes is two
 tiles of weights without moving anything between threads, and both meet neighbouring activations.
 
-A tile has 16 outputs for each warp and two warps at most: such products run on `mma.sync`, whose sums are the same for every
-number of rows. From 64 outputs and four warps on Triton takes Hopper's `wgmma`, whose sums were measured to depend on it.
+A decode step's tile has two warps at most: such products run on `mma.sync`, whose sums are the same for every number of rows.
+From 64 outputs and four warps on Triton takes Hopper's `wgmma`, whose sums were measured to depend on it: for prefill alone.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Matrix:
 
     @property
     def key(self) -> str:
-        """Names everything that decides which blocks are best, but not the number of rows: that must not matter."""
+        """Names everything that decides which blocks are best for a number of rows."""
         kind = f"int4g{self.group}" if self.group else str(self.weight.dtype)[6:]
         return f"{kind}:{self.out_features}x{self.in_features}"
 

@@ -33,6 +33,12 @@ def _can_overlap(device: torch.device) -> bool:
     return not knobs.runtime.interpret and torch.cuda.get_device_capability(device) >= OLDEST
 
 
+@cache
+def has_wgmma(device: torch.device) -> bool:
+    """Whether the matrix units take operands from shared memory, 227 KB of it: Hopper's do."""
+    return device.type == "cuda" and not knobs.runtime.interpret and torch.cuda.get_device_capability(device) == OLDEST
+
+
 @triton.jit
 def start_next(early: tl.constexpr):
     """Let the next kernel start. It waits for this one to end before it reads what this one writes."""

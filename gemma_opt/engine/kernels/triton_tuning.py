@@ -1,7 +1,7 @@
 """Which blocks each matrix is cut into: measured once on the GPU at hand, kept in a file beside the compile cache.
 
-The choice knows the matrix and never the number of rows, or results would change with the batch. A file serves exactly the
-torch, Triton and GPU it was made with. Without one, and without a measurement, a rule gives sound blocks.
+A decode step's choice knows the matrix and never the number of rows, or results would change with the batch. A file serves
+exactly the torch, Triton and GPU it was made with. Without one, and without a measurement, a rule gives sound blocks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ENOUGH_PROGRAMS = 264  # two for each multiprocessor of the largest GPU: fewer l
 ENOUGH_WARPS = 528  # four for each, so that some compute while others wait: candidates with fewer are not tried,
 MOST_WARPS = 2640  # nor splits that give more
 SPLITS_OF_MANY = (1, 2, 4, 8)
-ADDED_PER_SECOND = 1e11  # bytes of partial results: the next kernel adds those of a row up on one multiprocessor
+ADDED_PER_SECOND = 1e11  # bytes of partial results: the next kernel adds up those of a row on one multiprocessor
 ROWS = (1, 8)  # for which a decode step's blocks are timed: one compiled kernel serves both
 ROUNDS = 5
 
@@ -133,9 +133,8 @@ class Tuning:
         return x, torch.empty(blocks.splits, rows, width, device=x.device, dtype=self._dtype if whole else torch.float32)
 
     def _fastest(self, matrices: Sequence[Matrix], *, gated: bool) -> Blocks:
-        adding_s = len(matrices) * 4 * matrices[0].out_features / ADDED_PER_SECOND
         timings = {
-            blocks: sum(self._time(matrices, blocks, rows=rows, gated=gated) + blocks.splits * adding_s for rows in ROWS)
+            blocks: sum(self._time(matrices, blocks, rows=rows, gated=gated) for rows in ROWS)
             for blocks in _candidates(matrices[0], gated=gated)
         }
         return min(timings, key=lambda blocks: timings[blocks])
@@ -158,13 +157,17 @@ class Tuning:
         return min(timings, key=lambda blocks: timings[blocks], default=None)
 
     def _time(self, matrices: Sequence[Matrix], blocks: Blocks, *, rows: int = 1, gated: bool = False) -> float:
-        """Seconds of the rows through all the matrices; infinite for blocks that the GPU cannot hold."""
+        """Seconds of the rows through all the matrices, and of adding up what splits leave; infinite for blocks that the GPU
+        cannot hold.
+        """
         x, out = self._operands(matrices[0], blocks, rows=rows, gated=gated)
         try:
             multiply(matrices[0], x, out, blocks, gated=gated)
         except triton.runtime.errors.OutOfResources:
             return float("inf")
-        return time_captured(lambda: [multiply(matrix, x, out, blocks, gated=gated) for matrix in matrices])
+        seconds = time_captured(lambda: [multiply(matrix, x, out, blocks, gated=gated) for matrix in matrices])
+        rows_in_turn = -(-rows // (ENOUGH_PROGRAMS // 2))
+        return seconds + len(matrices) * rows_in_turn * out[1:, 0].nbytes / ADDED_PER_SECOND
 
     def _key(self, matrix: Matrix, gated: bool, rows: int = 0) -> str:
         """rows: of MANY, 0 for a decode step."""

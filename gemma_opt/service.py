@@ -39,7 +39,7 @@ from gemma_opt.text import TextStream
 log = logging.getLogger(__name__)
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
-MIN_CHUNK_INTERVAL_S = 0.02  # Cog drops a client that lags 1,024 events behind: at most 50 a second
+MIN_CHUNK_INTERVAL_S = 0.04  # Cog drops a client that lags 1,024 events behind: at most 25 a second
 WARM_UP_TOKENS = 8
 
 Metric = int | float | str

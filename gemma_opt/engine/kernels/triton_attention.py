@@ -41,6 +41,20 @@ def _prefetch_block(keys, values, base, first, last, length: tl.constexpr, head_
         prefetch(tl.where(position < last, start, keys.to(tl.int64)), row_bytes // pieces)
 
 
+@triton.jit
+def add_block(scores, v, top, weight, acc, operand: tl.constexpr):
+    """The online softmax over one block more: greatest score and sum [rows], mix of values [rows, head_dim].
+
+    scores: [rows, positions], −∞ where a row does not see one; a row may see none. v: [positions, head_dim].
+    """
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    finite = tl.where(new_top > float("-inf"), new_top, 0.0)
+    shares = tl.exp(scores - finite[:, None])
+    fade = tl.exp(top - finite)
+    acc = acc * fade[:, None] + tl.dot(shares.to(operand), v, input_precision="ieee")
+    return new_top, weight * fade + tl.sum(shares, 1), acc
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _attend_kernel(partial, rows, slots, positions, query_norm, key_norm, cos, sin, eps, keys, values, most, total, mixed,
                    ended, out, scale, window, placed: tl.constexpr, qkv_splits: tl.constexpr, heads: tl.constexpr,
@@ -106,12 +120,7 @@ def _attend_kernel(partial, rows, slots, positions, query_norm, key_norm, cos, s
         v = tl.load(values + place, mask=mask, other=0.0).to(operand)  # under way while the scores are computed
         scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(p[None, :] < last, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shares = tl.exp(scores - new_top[:, None])
-        fade = tl.exp(top - new_top)
-        acc = acc * fade[:, None] + tl.dot(shares.to(operand), v, input_precision="ieee")
-        weight = weight * fade + tl.sum(shares, 1)
-        top = new_top
+        top, weight, acc = add_block(scores, v, top, weight, acc, operand)
         first += block
     # [rows, heads, splits], and with head_dim behind
     head = row * heads + kv_head * shared + h
@@ -123,13 +132,13 @@ def _attend_kernel(partial, rows, slots, positions, query_norm, key_norm, cos, s
     runs = tl.cdiv(position + 1 - begin, run)
     if tl.atomic_add(ended + row * kv_heads + kv_head, 1, sem="acq_rel") == runs - 1:
         tl.store(ended + row * kv_heads + kv_head, 0)  # for the next launch
-        _join_runs(most, total, mixed, out, row * heads + kv_head * shared, runs, shared, head_dim, splits, block_shared,
-                   2 * block_half)  # fmt: skip
+        join_runs(most, total, mixed, out, row * heads + kv_head * shared, runs, shared, head_dim, splits, block_shared,
+                  2 * block_half)  # fmt: skip
 
 
 @triton.jit
-def _join_runs(most, total, mixed, out, first_head, runs, shared: tl.constexpr, head_dim: tl.constexpr, splits: tl.constexpr,
-               block_shared: tl.constexpr, block_dim: tl.constexpr):  # fmt: skip
+def join_runs(most, total, mixed, out, first_head, runs, shared: tl.constexpr, head_dim: tl.constexpr, splits: tl.constexpr,
+              block_shared: tl.constexpr, block_dim: tl.constexpr):  # fmt: skip
     """Of the heads that share a KV head. Reads past the first cache, which may hold what another launch had left there."""
     h = tl.minimum(tl.arange(0, block_shared), shared - 1)  # the last one again instead of heads that are not there
     s = tl.arange(0, splits)[None, :]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma_opt.engine.kernels.triton_attention import BLOCK, SPLITS, THREADS
+from gemma_opt.engine.kernels.triton_attention import BLOCK, SPLITS, THREADS, add_block, join_runs
 from gemma_opt.engine.kernels.triton_linear import operand_of
 from gemma_opt.engine.kernels.triton_overlap import has_wgmma, overlaps, wait_for_input
 
@@ -61,13 +61,7 @@ def _attend_chunk_kernel(query, slot, positions, pictures, keys, values, most, t
         seen = seen & (p[None, :] > position[:, None] - window) & (p[None, :] < last)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        finite = tl.where(new_top > float("-inf"), new_top, 0.0)  # a row may see none of a block
-        shares = tl.exp(scores - finite[:, None])
-        fade = tl.exp(top - finite)
-        acc = acc * fade[:, None] + tl.dot(shares.to(operand), v, input_precision="ieee")
-        weight = weight * fade + tl.sum(shares, 1)
-        top = new_top
+        top, weight, acc = add_block(scores, v, top, weight, acc, operand)
         first += block
     if splits == 1:
         y = acc / tl.where(inside, weight, 1.0)[:, None]
@@ -76,23 +70,15 @@ def _attend_chunk_kernel(query, slot, positions, pictures, keys, values, most, t
         at = (token * heads + head) * splits + split  # [tokens, heads, splits], and with head_dim behind
         tl.store(most + at, top, mask=inside)
         tl.store(total + at, weight, mask=inside)
-        tl.store(mixed + at[:, None] * head_dim + d[None, :], acc, mask=q_mask & (top > float("-inf"))[:, None])
+        tl.store(mixed + at[:, None] * head_dim + d[None, :], acc, mask=q_mask)
 
 
 @triton.jit
 def _join_kernel(most, total, mixed, out, head_dim: tl.constexpr, splits: tl.constexpr, block_dim: tl.constexpr,
                  early: tl.constexpr):  # fmt: skip
     wait_for_input(early)
-    at = tl.program_id(0)  # token · heads + head
-    d = tl.arange(0, block_dim)
-    s = tl.arange(0, splits)
-    top = tl.load(most + at * splits + s)
-    factor = tl.exp(top - tl.max(top, 0))
-    norm = tl.sum(factor * tl.load(total + at * splits + s), 0)
-    mask = (factor[:, None] > 0) & (d[None, :] < head_dim)
-    parts = tl.load(mixed + (at * splits + s)[:, None] * head_dim + d[None, :], mask=mask, other=0.0)
-    y = tl.sum(factor[:, None] * parts, 0) / norm
-    tl.store(out + at * head_dim + d, y.to(out.dtype.element_ty), mask=d < head_dim)
+    head = tl.program_id(0)  # token · heads + head
+    join_runs(most, total, mixed, out, head, splits, 1, head_dim, splits, 1, block_dim)
 
 
 def attend_to_slot(query: Tensor, slot: Tensor, positions: Tensor, pictures: Tensor, keys: Tensor, values: Tensor,

@@ -147,11 +147,12 @@ class Tuning:
         if timings:
             x = torch.randn(rows, matrices[0].in_features, device=matrices[0].weight.device).to(self._dtype)
             x_scale = None if matrices[0].activation == "none" else torch.ones(rows, device=x.device)
-            end = gated_gelu if gated else torch.Tensor.detach
 
             def by_library() -> None:  # keeps no result: those of all layers would take more memory than anything that serves
                 for matrix in matrices:
-                    end(multiply_by_library(matrix, x, x_scale))
+                    product = multiply_by_library(matrix, x, x_scale)
+                    if gated:
+                        gated_gelu(product)
 
             timings[None] = time_captured(by_library)
         return min(timings, key=lambda blocks: timings[blocks], default=None)

@@ -17,6 +17,7 @@ import resource
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -27,10 +28,12 @@ from torch import Tensor
 from benchmarks.environment import RESULTS, describe
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import TextModel
+from gemma_opt.engine.graphs import Prefill, Recorder, prefill_of
 from gemma_opt.engine.interface import SamplingParams
 from gemma_opt.engine.kernels import arrangement
 from gemma_opt.engine.pictures import picture_encoder
 from gemma_opt.engine.runner import picture_spans
+from gemma_opt.engine.scheduler import chunk_ends
 from gemma_opt.engine.weights import take_weights
 from gemma_opt.evaluation.agreement import chart_prompts, kl_divergence, text_prompts
 from gemma_opt.evaluation.perplexity import Passage, builtin_text, prediction_logits
@@ -38,7 +41,7 @@ from gemma_opt.evaluation.suite import Measures, evaluate
 from gemma_opt.gemma import stop_token_ids, weights_device
 from gemma_opt.loading import Ready, Source, dense_recipe, resolve
 from gemma_opt.prompt import EncodedPrompt
-from gemma_opt.recipe import BaseModelSection
+from gemma_opt.recipe import BaseModelSection, EngineSection
 from gemma_opt.service import Service
 from gemma_opt.throughput import measure, unlike_prompts
 
@@ -123,6 +126,7 @@ def check_engine(service: Service, prompts: Sequence[EncodedPrompt], tokens: int
     weights = take_weights(ready.model, release=False, arrange=arrangement(weights_device(ready.model)))
     longest = max(len(prompt.token_ids) for prompt in prompts) + tokens
     model = TextModel(weights, KvCache(weights, slots=1, context=longest))
+    read = prefill_of(model, EngineSection().prefill_chunk, Recorder(weights.device))
     sampling = SamplingParams(max_new_tokens=tokens, min_new_tokens=tokens, temperature=0)
     behind: list[float] = []
     divergences: list[float] = []
@@ -131,7 +135,7 @@ def check_engine(service: Service, prompts: Sequence[EncodedPrompt], tokens: int
         reply = list(service.generate(prompt, sampling))
         passage = Passage([*prompt.token_ids, *reply], len(reply), prompt.images)
         theirs = prediction_logits(ready, passage).float()
-        ours = engine_logits(model, ready, prompt, reply)
+        ours = engine_logits(model, read, ready, prompt, reply)
         largest = max(largest, float((ours - theirs).abs().max()))
         divergences += kl_divergence(theirs, ours).tolist()
         best, picked = without_stops(theirs, ready), torch.tensor(reply, device=theirs.device)[:, None]
@@ -146,7 +150,7 @@ def check_engine(service: Service, prompts: Sequence[EncodedPrompt], tokens: int
     )
 
 
-def engine_logits(model: TextModel, ready: Ready, prompt: EncodedPrompt, reply: Sequence[int]) -> Tensor:
+def engine_logits(model: TextModel, read: Prefill, ready: Ready, prompt: EncodedPrompt, reply: Sequence[int]) -> Tensor:
     """The forward's own logits [reply, vocabulary]: the first from prefill, the others decoded after the reply's tokens."""
     device, start = model.weights.device, len(prompt.token_ids)
     image_token_id = getattr(ready.model.config, "image_token_id", None)
@@ -154,7 +158,11 @@ def engine_logits(model: TextModel, ready: Ready, prompt: EncodedPrompt, reply: 
     embeddings = model.embed(torch.tensor([0 if one == image_token_id else one for one in prompt.token_ids], device=device))
     for (begin, end), pixels in zip(spans, prompt.images, strict=True):
         embeddings[begin:end] = picture_encoder(ready.model)(pixels)
-    rows = [model.prefill(0, embeddings, 0, spans)]
+    logits = [
+        read(0, embeddings[begin:end], begin, spans).clone()
+        for begin, end in pairwise((0, *chunk_ends(start, spans, EngineSection().prefill_chunk)))
+    ]
+    rows = logits[-1:]
     slot = torch.zeros(1, dtype=torch.int64, device=device)
     rows += [model.decode(slot + token, slot, slot + start + ahead)[0] for ahead, token in enumerate(reply[:-1])]
     return torch.stack(rows)

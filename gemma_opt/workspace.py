@@ -14,10 +14,10 @@ from gemma_opt import gemma
 from gemma_opt.policy import Plan, PlanRow, Role
 from gemma_opt.recipe import FLOATS, TEXT_ROLES, Int4, Int8DynamicInt4
 
-CHUNK_SIZES = (16, 32, 64, 128, 288, 512)  # engine.graphs
 PICTURE_CACHE_BYTES = 32 * 2**20  # engine.pictures
 PIECE_BYTES = 32 * 2**20  # engine.kernels.triton_library
 ATTENTION_RUNS = 16  # engine.kernels.triton_attention.SPLITS
+CHUNK_PARTS = 2 * 128 * 64  # twice enough programs with a large tile of rows (engine.kernels.triton_chunk)
 LIBRARY_BYTES = 32 * 2**20  # torch's cuBLAS workspace of one stream on Hopper; 8 MiB on other GPUs
 SAMPLER_BYTES = 45  # a token of the vocabulary beside its logit, in a step with every filter (engine.batch.Level.ALL)
 
@@ -63,7 +63,7 @@ def workspace(config: gemma.GemmaConfig, planned: Plan, dtype: torch.dtype, cont
     hidden, vocabulary, inner = text.hidden_size, text.vocab_size, text.num_attention_heads * text.head_dim
     gate = next(row for row in planned.rows if row.role is Role.GATE)
     channels = gate.shape[0] if not gate.name.endswith(".right") else text.intermediate_size
-    rows = min(next((size for size in CHUNK_SIZES if size >= chunk), CHUNK_SIZES[-1]), context)
+    rows = min(max(chunk, getattr(config, "mm_tokens_per_image", None) or 0), context)
     partial = text.num_attention_heads * ATTENTION_RUNS * (text.head_dim + 2) * 4
     step = vocabulary * (4 + 1) + (2 * hidden + 2 * inner + channels) * size + partial
     vision = getattr(config, "vision_config", None)
@@ -73,10 +73,10 @@ def workspace(config: gemma.GemmaConfig, planned: Plan, dtype: torch.dtype, cont
         arranged=_arranged_bytes(config, planned, dtype),
         rope=2 * 2 * context * text.head_dim // 2 * 4,  # cosines and sines, of sliding and of full layers
         step=slots * step,
-        recorded=rows * hidden * size + vocabulary * 4 + pixels + soft_tokens,
+        recorded=rows * (hidden * size + 2 * 8) + vocabulary * 4 + pixels + soft_tokens,
         pictures=PICTURE_CACHE_BYTES if vision else 0,
-        libraries=LIBRARY_BYTES * (2 if context > text.sliding_window else 1),  # chunks past it are not recorded
-        prefill=_prefill_bytes(config, gate, channels, dtype, rows, context),
+        libraries=LIBRARY_BYTES,
+        prefill=_prefill_bytes(config, gate, channels, dtype, rows),
         picture=_picture_bytes(config, planned, dtype),
         sampling=slots * vocabulary * SAMPLER_BYTES,
     )
@@ -95,14 +95,13 @@ def _word_bytes(row: PlanRow) -> int:
     return row.shape[0] * row.shape[1] // row.format.group * (4 - (2 if row.format.symmetric else 3))
 
 
-def _prefill_bytes(config: gemma.GemmaConfig, gate: PlanRow, channels: int, dtype: torch.dtype, rows: int, context: int) -> int:
-    """The larger of gate and up with GELU's result, and attention: what a slot holds, copied, and the masks of both kinds."""
+def _prefill_bytes(config: gemma.GemmaConfig, gate: PlanRow, channels: int, dtype: torch.dtype, rows: int) -> int:
+    """The larger of gate and up with GELU's result, and what attention's parts leave to be joined."""
     text, size = config.get_text_config(), dtype.itemsize
     hidden, heads, width = text.hidden_size, text.num_attention_heads, text.head_dim
-    group = heads // text.num_key_value_heads
-    common = rows * (2 * hidden + heads * width) * size + 2 * rows * context * (1 + group * size)
+    common = rows * (2 * hidden + 2 * (heads + text.num_key_value_heads) * width) * size
     products = rows * 2 * channels * size + max(_converted_bytes(gate, 2 * channels, hidden, dtype), rows * channels * size)
-    attention = 2 * text.num_key_value_heads * context * width * size + 3 * rows * heads * width * size
+    attention = min(rows * heads * ATTENTION_RUNS, CHUNK_PARTS) * (width + 2) * 4
     return common + max(products, attention)
 
 

@@ -51,7 +51,7 @@ PLACED = {
     **dict.fromkeys(("slots", "positions"), "i64"),
     **dict.fromkeys(("partial", "query_norm", "key_norm", "cos", "sin"), "fp32"),
 }  # fmt: skip
-HEADS = {"heads": 8, "kv_heads": 4, "head_dim": 256, "length": 1024}
+HEADS = {"heads": 8, "kv_heads": 4, "head_dim": 256}
 
 Compile = Callable[[int], dict[str, int]]
 
@@ -150,7 +150,7 @@ def chunk_attention(dtype: torch.dtype, tokens: int) -> Compile:
     narrow = dtype == torch.bfloat16
     kind = "bf16" if narrow else "fp32"
     pointers = {
-        **dict.fromkeys(("query", "keys", "values", "out"), kind), **dict.fromkeys(("slot", "positions", "pictures"), "i64"),
+        **dict.fromkeys(("made", "keys", "values", "out"), kind), **dict.fromkeys(("slot", "positions", "pictures"), "i64"),
         **dict.fromkeys(("most", "total", "mixed"), "fp32"),
     }  # fmt: skip
     constants = {
@@ -220,7 +220,7 @@ KERNELS: dict[str, Compile] = {
     ),
     "attention": attention(torch.bfloat16),
     "attention of the 1B": attention(torch.bfloat16, 4, 1),
-    "attention of the 27B, after place qkv": attention(torch.bfloat16, 32, 16, 128, placed=True),
+    "attention of the 27B, whose keys are stored": attention(torch.bfloat16, 32, 16, 128, placed=True),
     "attention of float32": attention(torch.float32),
     "attention of a chunk of 16": chunk_attention(torch.bfloat16, 16),
     "attention of a chunk of 288": chunk_attention(torch.bfloat16, 288),
@@ -229,10 +229,14 @@ KERNELS: dict[str, Compile] = {
         triton_chunk._join_kernel, {"most": "fp32", "total": "fp32", "mixed": "fp32", "out": "bf16"}, {},
         {"head_dim": 256, "splits": 16, "block_dim": 256}, warps=4,
     ),
-    "place qkv": compiled(
-        triton_layer._place_qkv_kernel,
-        {**PLACED, "query": "bf16", "keys": "bf16", "values": "bf16"},
-        {"rows": "i32", "eps": "fp32"}, {**HEADS, "splits": 4, "first_head": 0, "block": 128}, warps=1,
+    "make heads": compiled(
+        triton_layer._make_heads_kernel, {**PLACED, "made": "bf16"}, {"rows": "i32", "eps": "fp32"},
+        {**HEADS, "splits": 4, "block": 128}, warps=1,
+    ),
+    "store heads": compiled(
+        triton_layer._store_kernel,
+        {**dict.fromkeys(("slots", "positions", "last"), "i64"), **dict.fromkeys(("made", "keys", "values"), "bf16")},
+        {"length": "i32"}, {**HEADS, "block": 256}, warps=1,
     ),
     "add and norm": compiled(
         triton_layer._add_norm_kernel,

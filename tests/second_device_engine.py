@@ -21,7 +21,7 @@ from gemma_opt.calibration import CalibrationData, Store
 from gemma_opt.engine.batch import Batch
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import TextModel
-from gemma_opt.engine.graphs import RecordedPrefill, RecordedSteps, Recorder
+from gemma_opt.engine.graphs import RecordedSteps, Recorder
 from gemma_opt.engine.interface import SamplingParams
 from gemma_opt.engine.kernels.gpu import find_samplers
 from gemma_opt.engine.kernels.triton_matrices import arrange
@@ -70,12 +70,11 @@ def tokens_on(device: torch.device, recorder: Recorder, stored: object) -> list[
     weights = take_weights(model.to(device), release=False, arrange=arrange)
     text = TextModel(weights, KvCache(weights, slots=len(SAMPLINGS), context=64), use_kernels=False)
     batch = Batch(len(SAMPLINGS), weights.shape.vocabulary, [1, 106], device)
-    read = RecordedPrefill(text, 32, recorder)
     steps = RecordedSteps(text.decode, batch, recorder, find_samplers(batch))
     for slot, sampling in enumerate(SAMPLINGS):
         prompt = [2, *range(40 + slot, 46 + 2 * slot)]
         batch.start(slot, sampling, prompt)
-        read(slot, text.embed(torch.tensor(prompt, device=device)), 0, [(2, 5)])
+        text.prefill(slot, text.embed(torch.tensor(prompt, device=device)), 0, [(2, 5)])
         batch.feed(*(torch.tensor([value], device=device) for value in (slot, 77, len(prompt))))
     return [steps(slots)() for slots in ([1], [0, 1], [2, 0, 1], [3, 1, 2, 0])]
 

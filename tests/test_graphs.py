@@ -9,7 +9,7 @@ from models import DEVICE, placed_model
 from gemma_opt.engine.batch import Batch, step_apart
 from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import TextModel
-from gemma_opt.engine.graphs import RecordedPrefill, RecordedSteps, Recorder, row_counts
+from gemma_opt.engine.graphs import RecordedSteps, Recorder, row_counts
 from gemma_opt.engine.interface import SamplingParams
 from gemma_opt.engine.kernels.gpu import find_samplers
 from gemma_opt.engine.weights import take_weights
@@ -71,39 +71,6 @@ def test_rows_that_fill_a_recording_up_change_nothing() -> None:
     start(model, batch)
     alone = [[recorded([slot])()[0] for slot in (2, 0, 1)] for _ in range(3)]
     assert together == alone
-
-
-Cut = tuple[int, int, list[tuple[int, int]]]  # begin and end of a chunk, and its pictures
-
-
-@pytest.mark.parametrize(
-    "cuts",
-    [
-        [(0, 1, [])],
-        [(0, 20, [(3, 19)]), (20, 31, [])],
-        [(0, 40, [(2, 10), (12, 30)]), (40, 100, [(50, 90)])],
-        [(0, 120, []), (120, 150, [])],  # ends where the window of 128 has wrapped: the plain way
-    ],
-)
-@torch.no_grad()
-def test_recorded_chunks_give_what_plain_ones_give(cuts: list[Cut]) -> None:
-    """Logits and everything later positions may look at, in a slot that held something else before."""
-    weights = take_weights(placed_model(), release=False)
-    assert weights.shape.window == 128
-    plain, recorded = (TextModel(weights, KvCache(weights, slots=2, context=200)) for _ in range(2))
-    read = RecordedPrefill(recorded, 64, Recorder(DEVICE))
-    ids = torch.randint(3, 400, (200,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    for model in (plain, recorded):
-        model.prefill(1, model.embed(ids.flip(0)[:100]), 0)
-    for begin, end, pictures in cuts:
-        expected = plain.prefill(1, plain.embed(ids[begin:end]), begin, pictures)
-        found = read(1, recorded.embed(ids[begin:end]), begin, pictures)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    end = cuts[-1][1]
-    for mine, theirs in zip(recorded.cache.layers, plain.cache.layers, strict=True):
-        first = max(0, end - mine.length)
-        for found, expected in zip(mine.read(1, first, end), theirs.read(1, first, end), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_flatten
 from transformers import StaticCache
 
 from gemma_opt import gemma, workspace
-from gemma_opt.engine import graphs, pictures
+from gemma_opt.engine import pictures
 from gemma_opt.engine.batch import Batch, Level
 from gemma_opt.engine.interface import SamplingParams
-from gemma_opt.engine.kernels import triton_attention, triton_library
+from gemma_opt.engine.kernels import triton_attention, triton_chunk, triton_library
 from gemma_opt.engine.kernels.triton_matrices import arrange
 from gemma_opt.engine.kernels.triton_tower import speed_up_
 from gemma_opt.engine.weights import take_weights
@@ -112,10 +112,10 @@ def test_the_4b_at_750_tokens_peaks_below_its_goal(name: str, goal: float) -> No
 
 
 def test_terms_repeat_the_engines_sizes() -> None:
-    assert workspace.CHUNK_SIZES == graphs.CHUNK_SIZES
     assert workspace.PICTURE_CACHE_BYTES == pictures.CACHE_BYTES
     assert PIECE_BYTES == triton_library.PIECE_BYTES
     assert workspace.ATTENTION_RUNS == triton_attention.SPLITS
+    assert workspace.CHUNK_PARTS == 2 * triton_chunk.ENOUGH_PROGRAMS * triton_chunk.LARGE_TILE
 
 
 def test_arranged_weights_are_the_bytes_the_engine_allocates() -> None:

@@ -22,10 +22,9 @@ from triton.runtime.interpreter import interpreter_builder
 
 from gemma_opt import inspection, pipeline
 from gemma_opt.engine.cache import KvCache
-from gemma_opt.engine.forward import StaticChunk, TextModel
-from gemma_opt.engine.graphs import CHUNK_SIZES
+from gemma_opt.engine.forward import TextModel
+from gemma_opt.engine.graphs import CHUNK_SIZES, RecordedPrefill, Recorder, chunk_sizes
 from gemma_opt.engine.kernels import triton_attention, triton_chunk, triton_layer, triton_library
-from gemma_opt.engine.kernels.gpu import attend_without_plans
 from gemma_opt.engine.kernels.triton_chunk import attend_to_slot, cut
 from gemma_opt.engine.kernels.triton_decode import TritonDecode
 from gemma_opt.engine.kernels.triton_grid import settle
@@ -36,7 +35,7 @@ from gemma_opt.engine.kernels.triton_prefill import TritonPrefill
 from gemma_opt.engine.kernels.triton_rows import widen
 from gemma_opt.engine.kernels.triton_tower import is_sped_up, speed_up_
 from gemma_opt.engine.kernels.triton_tuning import MANY, Tuning, _candidates_of_many, default_blocks, file_name
-from gemma_opt.engine.linear import Visible, gated_gelu, linear, rms_norm
+from gemma_opt.engine.linear import gated_gelu, linear, rms_norm
 from gemma_opt.engine.packed import (
     FloatRows,
     Fp8Rows,
@@ -189,26 +188,40 @@ def test_residual_and_norms() -> None:
     assert error(normed, rms_norm(meant, following, 1e-6)) < CLOSE
 
 
-def test_queries_are_rotated_and_keys_and_values_stored_at_their_place_in_the_ring() -> None:
-    heads, kv_heads, head_dim, length = 4, 2, 48, 10
+def test_queries_and_keys_are_rotated_and_values_are_as_they_were() -> None:
+    heads, kv_heads, head_dim = 4, 2, 48
     draw = seeded()
     partial = torch.randn(2, 3, (heads + 2 * kv_heads) * head_dim, generator=draw)
     query_norm, key_norm = torch.randn(head_dim, generator=draw), torch.randn(head_dim, generator=draw)
     slots, positions = torch.tensor([2, 0, 2]), torch.tensor([13, 4, 14])
     cos, sin = rope_table(torch.rand(head_dim // 2, generator=draw), 20)
-    query = poison(3, heads, head_dim)
-    keys, values = (torch.zeros(3, kv_heads, length, head_dim, device=DEVICE) for _ in range(2))
+    made = poison(3, heads + 2 * kv_heads, head_dim)
     given = (part.to(DEVICE) for part in (partial, slots, positions, query_norm, key_norm, cos, sin))
-    triton_layer.place_qkv(triton_layer.Heads(*given, 1e-6), query, keys, values)
-    whole = partial.sum(0).view(3, -1, head_dim)
-    q, k, v = whole.split([heads, kv_heads, kv_heads], dim=1)
+    triton_layer.make_heads(triton_layer.Heads(*given, 1e-6), made, kv_heads=kv_heads)
+    q, k, v = partial.sum(0).view(3, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
     turned = (cos[positions], sin[positions])
-    assert error(query, rotate(rms_norm(q, query_norm, 1e-6), *turned)) < CLOSE
-    meant_keys, meant_values = torch.zeros_like(keys.cpu()), torch.zeros_like(values.cpu())
-    meant_keys[slots, :, positions % length] = rotate(rms_norm(k, key_norm, 1e-6), *turned)
-    meant_values[slots, :, positions % length] = v
-    assert error(keys, meant_keys) < CLOSE
-    assert error(values, meant_values) < CLOSE
+    meant = (rotate(rms_norm(q, query_norm, 1e-6), *turned), rotate(rms_norm(k, key_norm, 1e-6), *turned), v)
+    assert error(made, torch.cat(meant, dim=1)) < CLOSE
+
+
+@pytest.mark.parametrize("last", [None, 1, 12])
+def test_keys_and_values_are_stored_where_the_ring_has_room_for_them(last: int | None) -> None:
+    """All rows of several slots; or of one chunk all but its junk, and no more than the ring holds."""
+    heads, kv_heads, head_dim, length = 3, 2, 48, 10
+    rows = 4 if last is None else last + 4
+    made = torch.randn(rows, heads + 2 * kv_heads, head_dim, generator=seeded())
+    slots = torch.tensor([2, 0, 2, 2]) if last is None else torch.full((rows,), 1)
+    positions = torch.tensor([13, 4, 14, 14]) if last is None else torch.arange(7, 7 + rows)
+    made[-1] = made[-2]  # as where rows fill a step up
+    keys, values = (torch.randn(3, kv_heads, length, head_dim, generator=seeded(1)) for _ in range(2))
+    found = [part.to(DEVICE) for part in (keys, values)]
+    newest = None if last is None else torch.tensor([last], device=DEVICE)
+    triton_layer.store_heads(*(part.to(DEVICE) for part in (made, slots, positions)), *found, newest)
+    for row in range(rows if last is None else last + 1):
+        place = slots[row], slice(None), positions[row] % length
+        keys[place], values[place] = made[row, heads : heads + kv_heads], made[row, heads + kv_heads :]
+    assert torch.equal(found[0].cpu(), keys)
+    assert torch.equal(found[1].cpu(), values)
 
 
 @pytest.mark.parametrize("placed", [False, True])
@@ -252,7 +265,9 @@ def test_attention_reads_the_valid_positions_and_nothing_else(
     given = triton_layer.Heads(*parts, 1e-6)
     found_keys, found_values = keys.to(DEVICE), values.to(DEVICE)
     if placed:
-        triton_layer.place_qkv(given, None, found_keys, found_values)
+        made = poison(rows, heads + 2 * kv_heads, head_dim)
+        triton_layer.make_heads(given, made, kv_heads=kv_heads)
+        triton_layer.store_heads(made, given.slots, given.positions, found_keys, found_values)
     out, scratch = poison(rows, heads * head_dim), triton_attention.Scratch.empty(rows, heads, kv_heads, head_dim, DEVICE)
     triton_attention.attend(given, found_keys, found_values, out, scratch, scale=0.3, window=window, placed=placed)
     assert error(out.view_as(meant), meant) < CLOSE
@@ -567,53 +582,75 @@ def test_a_vision_tower_by_kernels_sees_what_the_torch_operations_see(stored: st
     assert (inspection.measure(model, plan), set(model.state_dict())) == before, "a report measures what served"
 
 
-@pytest.mark.parametrize("stored", ["fp32", "int4", "mixed"])
+Cut = tuple[int, int, list[tuple[int, int]]]  # begin and end of a chunk, and its pictures
+
+
+@pytest.mark.parametrize(
+    ("stored", "slack", "cuts"),
+    [
+        ("fp32", 0, [(0, 1, [])]),
+        ("int4", 0, [(0, 20, [(3, 19)]), (20, 33, [])]),
+        ("mixed", 0, [(0, 18, [(2, 8), (10, 16)]), (18, 30, []), (30, 48, [(35, 45)])]),  # the ring of 24 wraps within chunks
+        ("fp32", 3, [(0, 20, []), (20, 33, [])]),
+        ("fp32", 0, [(0, 27, []), (27, 40, [])]),  # more than a ring holds
+    ],
+)
 @torch.no_grad()
-def test_whole_prefill_of_a_chunk(stored: str) -> None:
-    """A first chunk with a picture and a second one, three rows too many each: logits and cache as with torch operations."""
+def test_recorded_chunks_give_what_plain_ones_give(stored: str, slack: int, cuts: list[Cut]) -> None:
+    """Logits and all that the cache holds, in a slot that held something else before, up to the end of the context."""
     weights = packed_model(stored)
-    expected, mine = (TextModel(weights, KvCache(weights, slots=2, context=200), use_kernels=False) for _ in range(2))
-    prefill = TritonPrefill(weights, mine.cache, mine.rope, TritonLinear(Tuning(weights.dtype)))
-    ids = torch.randint(5, 400, (40,), generator=seeded(4)).to(DEVICE)
-    pictures = torch.zeros(128, dtype=torch.int64, device=DEVICE)
-    pictures[4:12] = 1
-    slot = torch.tensor([1], device=DEVICE)
-    for begin, end in ((0, 15), (15, 37)):
-        positions = torch.arange(begin, end + 3, device=DEVICE)
-        last = torch.tensor([end - begin - 1], device=DEVICE)
-        embeddings = mine.embed(ids[begin : end + 3])
-        meant = expected.prefill_static(StaticChunk(embeddings, positions, slot, last, pictures))
-        found = prefill(embeddings, positions, slot, last, pictures)
-        assert error(found, meant) < 10 * CLOSE
+    weights = replace(weights, shape=replace(weights.shape, window=24))
+    assert [layer.sliding for layer in weights.layers] == [True, False]
+    expected, mine = (TextModel(weights, KvCache(weights, slots=2, context=48, slack=slack), use_kernels=False) for _ in "ab")
+    step = TritonPrefill(weights, mine.cache, mine.rope, Tuning(weights.dtype))
+    read = RecordedPrefill(step, weights, 48, 27, Recorder(DEVICE))
+    ids = torch.randint(5, 400, (48,), generator=seeded(4)).to(DEVICE)
+    for model in (expected, mine):
+        model.prefill(1, model.embed(ids.flip(0)[:40]), 0)
+    for begin, end, pictures in cuts:
+        meant = expected.prefill(1, expected.embed(ids[begin:end]), begin, pictures)
+        assert error(read(1, mine.embed(ids[begin:end]), begin, pictures), meant) < 10 * CLOSE
+    for layer in mine.cache.layers:  # where recording left something
+        layer.keys[0, :, 0] = layer.values[0, :, 0] = 0
     assert_same_caches(mine, expected)
 
 
-@pytest.mark.parametrize("window", [None, 37])
+def test_recordings_serve_chunks_of_any_length() -> None:
+    assert chunk_sizes(512) == (16, 32, 64, 128, 288, 512)
+    assert chunk_sizes(100) == (16, 32, 64, 100)
+    assert chunk_sizes(1) == (1,)
+
+
+@pytest.mark.parametrize(("window", "length"), [(None, 130), (37, 130), (37, 40)])
 @pytest.mark.parametrize(
-    ("start", "tokens", "spans"), [(0, 1, []), (0, 70, [(3, 40), (41, 69)]), (75, 35, [(5, 30), (80, 100)])]
+    ("start", "tokens", "spans"), [(0, 1, []), (0, 70, [(3, 40), (41, 69)]), (75, 35, [(80, 100)]), (90, 7, [])]
 )
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 48), (3, 1, 32)])
-def test_a_chunk_attends_in_place_to_what_its_positions_window_and_pictures_let_it_see(
+def test_a_chunk_attends_to_what_its_positions_window_and_pictures_let_it_see(
     heads: int, kv_heads: int, head_dim: int, start: int, tokens: int, spans: list[tuple[int, int]], window: int | None,
-    monkeypatch: pytest.MonkeyPatch,
+    length: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Whatever nobody may read is NaN: other slots, and positions behind the chunk. Keys in parts, and in one."""
+    """Whatever nobody may read is NaN: other slots, and all but the window before the chunk. Keys in parts, and in one."""
     draw = seeded()
-    keys, values = (torch.full((3, kv_heads, 130, head_dim), float("nan")) for _ in range(2))
     end = start + tokens
-    keys[1, :, :end], values[1, :, :end] = torch.randn(2, kv_heads, end, head_dim, generator=draw)
-    query = torch.randn(tokens, heads, head_dim, generator=draw)
-    pictures = torch.zeros(120, dtype=torch.int64)
+    made = torch.randn(tokens, heads + 2 * kv_heads, head_dim, generator=draw)
+    query, key, value = made.split([heads, kv_heads, kv_heads], dim=1)
+    old = torch.randn(2, kv_heads, start, head_dim, generator=draw)
+    cached = torch.full((2, 3, kv_heads, length, head_dim), float("nan"))
+    kept = torch.arange(0 if window is None else max(0, start - window + 1), start)
+    cached[:, 1, :, kept % length] = old[:, :, kept]
+    pictures = torch.zeros(end, dtype=torch.int64)
     for number, (begin, stop) in enumerate(spans, start=1):
         pictures[begin:stop] = number
-    position, key = torch.arange(start, end)[:, None], torch.arange(end)
-    seen = (key <= position) | ((pictures[start:end, None] > 0) & (pictures[start:end, None] == pictures[:end]))
+    position, other = torch.arange(start, end)[:, None], torch.arange(end)
+    seen = (other <= position) | ((pictures[start:, None] > 0) & (pictures[start:, None] == pictures))
     if window is not None:
-        seen &= key > position - window
+        seen &= other > position - window
+    keys, values = (torch.cat((before, own.transpose(0, 1)), 1).double() for before, own in zip(old, (key, value), strict=True))
     meant = functional.scaled_dot_product_attention(
-        query.double().transpose(0, 1), keys[1, :, :end].double(), values[1, :, :end].double(), seen, scale=0.3, enable_gqa=True
+        query.double().transpose(0, 1), keys, values, seen, scale=0.3, enable_gqa=True
     ).transpose(0, 1)
-    given = [part.to(DEVICE) for part in (query, torch.tensor([1]), position[:, 0], pictures, keys, values)]
+    given = [part.to(DEVICE) for part in (made, torch.tensor([1]), position[:, 0], pictures[start:], *cached)]
     for enough in (triton_chunk.ENOUGH_PROGRAMS, 1):
         monkeypatch.setattr(triton_chunk, "ENOUGH_PROGRAMS", enough)
         assert error(attend_to_slot(*given, scale=0.3, window=window).view_as(meant), meant) < CLOSE
@@ -625,20 +662,6 @@ def test_a_chunks_attention_keeps_a_large_gpu_busy() -> None:
         assert -(-2 * tokens // rows) * 4 * splits >= 128
     assert cut(576, 4, wgmma=True) == (64, 4)
     assert cut(576, 4, wgmma=False) == (16, 1)
-
-
-@pytest.mark.parametrize("begins", [(0, 0, 0), (0, 31, 64)])
-def test_chunks_of_any_length_attend_to_what_they_see(begins: tuple[int, ...]) -> None:
-    """97 keys, of which the last tokens do not see the first 64: whole blocks of them, for a fused kernel."""
-    draw = seeded()
-    query, (keys, values) = torch.randn(3, 4, 64, generator=draw), torch.randn(2, 2, 97, 64, generator=draw)
-    seen = [torch.arange(97).ge(begin) & torch.arange(97).lt(95 + row) for row, begin in enumerate(begins)]
-    meant = functional.scaled_dot_product_attention(
-        query.double().transpose(0, 1), keys.double(), values.double(), torch.stack(seen), scale=0.2, enable_gqa=True
-    ).transpose(0, 1)
-    visible = Visible(torch.tensor(begins, device=DEVICE), torch.arange(95, 98, device=DEVICE), 2, torch.float32)
-    found = attend_without_plans(query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), visible, 0.2)
-    assert error(found, meant) < 10 * CLOSE
 
 
 @pytest.mark.gpu
@@ -673,7 +696,7 @@ def test_kernels_compile_for_an_l40s_and_an_h100_and_stay_in_registers(tmp_path:
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout)
     needs = found["needs"]
-    assert len(needs) == 114
+    assert len(needs) == 116
     narrow = {name: need for name, need in needs.items() if "float32" not in name}
     assert not {name: need for name, need in narrow.items() if need["stack"] > 0}
     for target, most in SHARED_BYTES.items():

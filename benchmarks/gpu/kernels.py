@@ -11,7 +11,7 @@ from torch.nn import functional
 from benchmarks.gpu.common import DEVICE, Results, copy_gb_s, reset_peak
 from benchmarks.synthetic import random_linear, text_config
 from gemma_opt.engine.kernels.triton_attention import Scratch, attend
-from gemma_opt.engine.kernels.triton_layer import Heads, place_qkv
+from gemma_opt.engine.kernels.triton_layer import Heads, make_heads, store_heads
 from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, Matrix, multiply
 from gemma_opt.engine.kernels.triton_matrices import arrange, matrix_of
 from gemma_opt.engine.kernels.triton_tuning import Tuning, time_captured
@@ -125,7 +125,7 @@ def attention(heads: int, kv_heads: int, head_dim: int, tokens: int, window: int
     angles = torch.rand(tokens, head_dim // 2, device=DEVICE) * 6
     slots = torch.arange(FEW_ROWS, device=DEVICE)
     positions = torch.linspace(0, tokens - 1, FEW_ROWS, device=DEVICE).long()
-    query = torch.empty(FEW_ROWS, heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    made = torch.empty(FEW_ROWS, heads + 2 * kv_heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
     placed_keys, placed_values = keys.clone(), values.clone()
 
     def given(rows: int) -> Heads:
@@ -133,7 +133,9 @@ def attention(heads: int, kv_heads: int, head_dim: int, tokens: int, window: int
         return Heads(part, slots[:rows], positions[:rows], norms[0], norms[1], angles.cos(), angles.sin(), 1e-6)
 
     whole = given(FEW_ROWS)
-    place_qkv(whole, query, placed_keys, placed_values)
+    make_heads(whole, made, kv_heads=kv_heads)
+    store_heads(made, slots, positions, placed_keys, placed_values)
+    query = made[:, :heads]
     scratch = Scratch.empty(FEW_ROWS, heads, kv_heads, head_dim, DEVICE)
     out = torch.full((FEW_ROWS, heads * head_dim), float("nan"), dtype=torch.bfloat16, device=DEVICE)
 

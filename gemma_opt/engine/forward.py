@@ -8,7 +8,6 @@ transformers' `generate` is the oracle.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,36 +16,12 @@ from torch.nn import functional
 
 from gemma_opt.engine.cache import KvCache, LayerCache
 from gemma_opt.engine.kernels import ChunkAttention, DecodeStep, Linear, PrefillStep, find_kernels
-from gemma_opt.engine.linear import (
-    Visible,
-    attend_to_chunk,
-    bias_of,
-    gated_gelu,
-    grouped_attention,
-    linear,
-    rms_norm,
-    rows_of,
-)
+from gemma_opt.engine.linear import Visible, attend_to_chunk, gated_gelu, linear, rms_norm, rows_of
 from gemma_opt.engine.rope import RopeTables, Rotation, rotate
 from gemma_opt.engine.scheduler import Span
 from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class StaticChunk:
-    """A chunk of one slot's prompt as tensors of fixed shapes, all on the model's device. See `TextModel.prefill_static`.
-
-    embeddings: [size, hidden]; positions: int64 [size], consecutive; slot, last: int64 [1], which slot and the index of the
-    last row that counts. pictures: int64 [reach], for each position of the prompt the number of its picture, 0 for none.
-    """
-
-    embeddings: Tensor
-    positions: Tensor
-    slot: Tensor
-    last: Tensor
-    pictures: Tensor
 
 
 class TextModel:
@@ -65,7 +40,7 @@ class TextModel:
         self._linear: Linear = found.linear if found else linear
         self._attention: ChunkAttention = found.attention if found else attend_to_chunk
         self._decode_step: DecodeStep = found.decode_step if found else self._decode_with_torch
-        self._prefill_step: PrefillStep = found.prefill_step if found and found.prefill_step else self._prefill_with_torch
+        self.prefill_step: PrefillStep | None = found.prefill_step if found else None  # to record; does what `prefill` does
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Scaled embeddings [tokens, hidden] of token ids [tokens]."""
@@ -95,36 +70,6 @@ class TextModel:
             x = _block(x, layer, self.weights.shape, rotations[layer.sliding], self._linear, attend)
         return self._logits(x[-1:])[0]
 
-    def prefill_static(self, chunk: StaticChunk) -> Tensor:
-        """`prefill` without anything that the host decides, for a recording. Float32 logits [vocabulary] after row `last`.
-
-        Rows after `last` may hold anything finite: nobody looks at them, and later positions overwrite what they leave in
-        the cache. All positions lie below `reach`, no ring wraps: the caller sees to it.
-        """
-        return self._prefill_step(chunk.embeddings, chunk.positions, chunk.slot, chunk.last, chunk.pictures)
-
-    def biases(self, positions: Tensor, pictures: Tensor) -> dict[bool, Tensor]:
-        """The `bias_of` what each row sees below `reach`, in sliding (True) and in full layers: [rows · group, reach].
-
-        positions: int64 [rows]; pictures: int64 [reach], see `StaticChunk`.
-        """
-        reach = torch.arange(pictures.shape[0], device=positions.device)
-        query, own = positions[:, None], pictures[positions][:, None]
-        same_picture = (own > 0) & (own == pictures)
-        seen = {True: _seen(query, reach, same_picture, self.cache.window), False: _seen(query, reach, same_picture, None)}
-        return {sliding: bias_of(mask, self.weights.shape.group, self.weights.dtype) for sliding, mask in seen.items()}
-
-    def _prefill_with_torch(
-        self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, pictures: Tensor
-    ) -> Tensor:
-        biases = self.biases(positions, pictures)
-        rotations = {sliding: self.rope.at(positions, sliding=sliding) for sliding in (True, False)}
-        x = embeddings
-        for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
-            attend = self._static_attention(cache, slot, positions, biases[layer.sliding])
-            x = _block(x, layer, self.weights.shape, rotations[layer.sliding], self._linear, attend)
-        return self._logits(x.index_select(0, last))[0]
-
     def decode(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """One step: row i puts `tokens[i]` at `positions[i]` of slot `slots[i]`. All int64 [rows].
 
@@ -151,7 +96,10 @@ class TextModel:
         return max(0, start - self.cache.window + 1) if sliding else 0
 
     def _visible(self, start: int, end: int, history: int, spans: Sequence[Span], window: int | None) -> Visible:
-        """Which positions each token of a chunk sees, counted from `history` on: see `_seen`."""
+        """Which positions each token of a chunk sees, counted from `history` on.
+
+        Those up to its own, and all of its own picture; in sliding layers none further back than the window.
+        """
         position = torch.arange(start, end, device=self.weights.device)
         last = position + 1
         for begin, stop in spans:
@@ -171,16 +119,6 @@ class TextModel:
             out = self._attention(query, keys, values, visible, self.weights.shape.attention_scale)
             cache.write_(slot, start, key, value)
             return out
-
-        return attend
-
-    def _static_attention(self, cache: LayerCache, slot: Tensor, positions: Tensor, bias: Tensor) -> Attend:
-        """Store a chunk, then attend to all that the slot may hold, as far as the bias lets."""
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            cache.append_(slot.expand_as(positions), positions, key, value)
-            keys, values = (part[:, :, : bias.shape[1]].index_select(0, slot)[0] for part in (cache.keys, cache.values))
-            return grouped_attention(query, keys, values, bias, self.weights.shape.attention_scale)
 
         return attend
 
@@ -210,9 +148,3 @@ def _block(x: Tensor, layer: LayerWeights, shape: TextShape, rotation: Rotation,
     x = x + rms_norm(product(layer.o, attended), layer.post_attention_norm, shape.eps)
     mixed = gated_gelu(product(layer.gate_up, rms_norm(x, layer.pre_mlp_norm, shape.eps)))
     return x + rms_norm(product(layer.down, mixed), layer.post_mlp_norm, shape.eps)
-
-
-def _seen(query: Tensor, key: Tensor, same_picture: Tensor, window: int | None) -> Tensor:
-    """Those up to its own, and all of its own picture; in sliding layers none further back than the window."""
-    seen = (key <= query) | same_picture
-    return seen if window is None else seen & (key > query - window)

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from gemma_opt.engine.batch import Batch, Decode, Level, Sampler, step, step_apart
-from gemma_opt.engine.forward import Span, StaticChunk, TextModel
+from gemma_opt.engine.forward import TextModel
+from gemma_opt.engine.kernels import PrefillStep
 from gemma_opt.engine.kernels.gpu import find_samplers
+from gemma_opt.engine.scheduler import Span
+from gemma_opt.engine.weights import TextWeights
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ class Prefill(Protocol):
         ...
 
 
-CHUNK_SIZES = (16, 32, 64, 128, 288, 512)  # of tokens: 16 cost what a decode step costs; 288 hold a picture and text before it
+CHUNK_SIZES = (16, 32, 64, 128, 288, 512, 1024, 2048, 4096)  # of tokens: 16 cost a decode step; a picture and text take 288
 UNDER_WAY = 2  # decode steps at most, of which the tokens are not read yet
 WARM_UPS = 2  # runs before a capture: compile kernels, allocate what libraries allocate once
 
@@ -74,8 +77,10 @@ def _first_token_apart(batch: Batch, logits: Tensor, slot: int, position: int) -
 
 
 def prefill_of(model: TextModel, longest: int, recorder: Recorder) -> Prefill:
-    """The fastest way to read chunks of up to `longest` tokens: recorded on a GPU."""
-    return RecordedPrefill(model, longest, recorder) if model.weights.device.type == "cuda" else model.prefill
+    """The fastest way to read chunks of up to `longest` tokens: recorded where the device's kernels allow it."""
+    if model.prefill_step is None:
+        return model.prefill
+    return RecordedPrefill(model.prefill_step, model.weights, model.cache.context, longest, recorder)
 
 
 class _FirstToken:
@@ -212,46 +217,39 @@ class _HostTokens:
 class RecordedPrefill:
     """`TextModel.prefill` for chunks of up to `longest` tokens. Made on the thread that will call it, while no slot is in use.
 
-    Chunks past the shortest ring, which wraps there, and longer ones go the plain way.
+    context: of the cache; no position lies beyond it.
     """
 
-    def __init__(self, model: TextModel, longest: int, recorder: Recorder) -> None:
-        weights, device = model.weights, model.weights.device
-        self._model = model
-        self._reach = min(layer.length for layer in model.cache.layers)
-        enough = next((size for size in CHUNK_SIZES if size >= longest), CHUNK_SIZES[-1])
-        sizes = [size for size in CHUNK_SIZES if size <= min(enough, self._reach)]
-        largest = max(sizes, default=0)
-        self._embeddings = torch.zeros(largest, weights.shape.hidden, dtype=weights.dtype, device=device)
-        self._positions = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._slot, self._last = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
-        self._pictures = torch.zeros(self._reach, dtype=torch.int64, device=device)
+    def __init__(self, step: PrefillStep, weights: TextWeights, context: int, longest: int, recorder: Recorder) -> None:
+        device, longest = weights.device, min(longest, context)
+        self._step, self._context = step, context
+        self._embeddings = torch.zeros(longest, weights.shape.hidden, dtype=weights.dtype, device=device)
+        self._numbers = torch.zeros(2 + 2 * longest, dtype=torch.int64, device=device)  # all in one copy
+        self._slot, self._last, self._positions, self._pictures = self._numbers.split([1, 1, longest, longest])
         self._logits = torch.zeros(weights.head.out_features, device=device)
-        self._recordings: dict[int, Callable[[], None]] = {}
-        for size in reversed(sizes):
-            torch.arange(size, out=self._positions[:size])
-            self._recordings[size] = recorder.record(partial(self._run, size))
+        self._recordings = {size: recorder.record(partial(self._run, size)) for size in reversed(chunk_sizes(longest))}
 
     def __call__(self, slot: int, embeddings: Tensor, start: int, image_spans: Sequence[Span] = ()) -> Tensor:
         """As `TextModel.prefill`; the logits are valid until the next call."""
-        count = embeddings.shape[0]
-        fitting = [size for size in self._recordings if count <= size <= self._reach - start]
-        if not fitting:
-            return self._model.prefill(slot, embeddings, start, image_spans)
-        size = min(fitting)
+        count, longest = embeddings.shape[0], len(self._positions)
         self._embeddings[:count] = embeddings
-        torch.arange(start, start + size, out=self._positions[:size])
-        self._slot.fill_(slot)
-        self._last.fill_(count - 1)
-        self._pictures.zero_()
+        positions = [min(position, self._context - 1) for position in range(start, start + longest)]
+        pictures = [0] * longest
         for number, (begin, stop) in enumerate(image_spans, start=1):
-            self._pictures[begin:stop] = number
-        self._recordings[size]()
+            if start <= begin and stop <= start + count:
+                pictures[begin - start : stop - start] = [number] * (stop - begin)
+        self._numbers.copy_(torch.tensor([slot, count - 1, *positions, *pictures]))
+        self._recordings[min(size for size in self._recordings if size >= count)]()
         return self._logits
 
     def _run(self, size: int) -> None:
-        chunk = StaticChunk(self._embeddings[:size], self._positions[:size], self._slot, self._last, self._pictures)
-        self._logits.copy_(self._model.prefill_static(chunk))
+        logits = self._step(self._embeddings[:size], self._slot, self._last, self._positions[:size], self._pictures[:size])
+        self._logits.copy_(logits)
+
+
+def chunk_sizes(longest: int) -> tuple[int, ...]:
+    """Tokens of the recordings that serve chunks of up to `longest`."""
+    return (*(size for size in CHUNK_SIZES if size < longest), longest)
 
 
 def row_counts(most: int) -> tuple[int, ...]:

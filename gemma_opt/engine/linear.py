@@ -80,26 +80,19 @@ class Visible:
 
     @cached_property
     def bias(self) -> Tensor:
-        """See `bias_of`; up to the last key that is seen, and made once for all layers."""
+        """0 where a token sees and −∞ where not: [tokens · group, keys], up to the last key that is seen.
+
+        Made once for all layers.
+        """
         keys = torch.arange(int(self.end.max()), device=self.end.device)
-        return bias_of((keys >= self.begin[:, None]) & (keys < self.end[:, None]), self.group, self.dtype)
+        mask = (keys >= self.begin[:, None]) & (keys < self.end[:, None])
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, -torch.inf).repeat_interleave(self.group, 0)
 
 
 def attend_to_chunk(query: Tensor, keys: Tensor, values: Tensor, visible: Visible, scale: float) -> Tensor:
     """Softmax attention, heads in groups that share keys. query: [tokens, heads, head_dim], which is returned too.
 
     keys, values: [kv_heads, keys, head_dim], the last of which somebody sees.
-    """
-    return grouped_attention(query, keys, values, visible.bias, scale)
-
-
-def bias_of(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """0 where a token sees and −∞ where not: [tokens · group, keys] of a mask [tokens, keys]."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf).repeat_interleave(group, 0)
-
-
-def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """The same with a `bias_of` what each token sees.
 
     Heads that share keys are rows of one head: so no keys are repeated, and torch takes a fused kernel, which it does not for
     grouped heads with a mask.
@@ -107,7 +100,7 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor,
     tokens, heads, head_dim = query.shape
     kv_heads = keys.shape[0]
     rows = query.reshape(tokens, kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
-    out = functional.scaled_dot_product_attention(rows[None], keys[None], values[None], attn_mask=bias, scale=scale)[0]
+    out = functional.scaled_dot_product_attention(rows[None], keys[None], values[None], attn_mask=visible.bias, scale=scale)[0]
     return out.view(kv_heads, tokens, -1, head_dim).transpose(0, 1).reshape(tokens, heads, head_dim)
 
 

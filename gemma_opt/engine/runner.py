@@ -128,7 +128,8 @@ class Runner:
         wanted = self._device.type == "cuda" if run_ahead is None else run_ahead
         self._runs_ahead = wanted and not settings.lookup  # guesses are made from the tokens
         self._row_cost = self._measure_row_cost() if settings.lookup else 1.0
-        self._prefill = prefill_of(self._model, settings.prefill_chunk, recorder)
+        picture_tokens = getattr(model.config, "mm_tokens_per_image", None) or 0  # a picture is never cut
+        self._prefill = prefill_of(self._model, max(settings.prefill_chunk, picture_tokens), recorder)
         self._step, self._first_token = steps_of(self._model.decode, self._batch, recorder)
 
     # Requests in and out
@@ -240,10 +241,8 @@ class Runner:
 
     def _embed(self, reply: _Reply, start: int, end: int) -> Tensor:
         """Embeddings [tokens, hidden] of a chunk of the prompt, its pictures in their places."""
-        ids = torch.tensor(reply.request.token_ids[start:end], device=self._device)
-        if self._image_token_id is not None:
-            ids[ids == self._image_token_id] = 0  # their own id may lie beyond the table
-        embeddings = self._model.embed(ids)
+        ids = reply.request.token_ids[start:end]
+        embeddings = self._model.embed(self._index([0 if token == self._image_token_id else token for token in ids]))
         for index, (begin, stop) in enumerate(reply.image_spans):
             if self._pictures and start <= begin < end:
                 request = reply.request

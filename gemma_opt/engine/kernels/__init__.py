@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gemma_opt.engine.cache import KvCache
-from gemma_opt.engine.linear import Visible, attend_to_chunk
+from gemma_opt.engine.linear import Visible, attend_to_chunk, linear
 from gemma_opt.engine.packed import Arrange, PackedLinear, as_they_are
 from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import TextWeights
@@ -25,10 +25,15 @@ class DecodeStep(Protocol):
 
 
 class PrefillStep(Protocol):
-    """A chunk of one slot's prompt: what `TextModel.prefill_static` promises."""
+    """What `TextModel.prefill` does, without anything that the host decides: for a recording."""
 
-    def __call__(self, embeddings: Tensor, positions: Tensor, slot: Tensor, last: Tensor, pictures: Tensor) -> Tensor:
-        """Float32 logits [vocabulary] after row `last`. The arguments are those of `forward.StaticChunk`."""
+    def __call__(self, embeddings: Tensor, slot: Tensor, last: Tensor, positions: Tensor, pictures: Tensor) -> Tensor:
+        """Float32 logits [vocabulary] after row `last`.
+
+        embeddings: [rows, hidden]. slot, last: int64 [1]. positions, pictures: int64 [rows], the first consecutive, the second
+        the number of each row's picture, 0 for none. Rows behind `last` may hold anything finite, of no picture and at any
+        position below the context: nobody sees them, and they are not stored.
+        """
         ...
 
 
@@ -50,10 +55,10 @@ class ChunkAttention(Protocol):
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a device has for one model. linear: products of many rows, in prefill, as `attention` is."""
+    """What a device has for one model: a decode step, and for prefill a step as well, or its products and attention."""
 
     decode_step: DecodeStep
-    linear: Linear
+    linear: Linear = linear
     attention: ChunkAttention = attend_to_chunk
     prefill_step: PrefillStep | None = None
 
@@ -80,10 +85,10 @@ def find_kernels(weights: TextWeights, cache: KvCache, rope: RopeTables, compile
         step = find_cpu_step(weights, cache, rope)
         return Kernels(step, CpuLinear(step.library), CpuChunkAttention(step.library)) if step else None
     if weights.device.type == "cuda":
-        from gemma_opt.engine.kernels.gpu import attend_without_plans, find_gpu_kernels
+        from gemma_opt.engine.kernels.gpu import find_gpu_kernels
 
         found = find_gpu_kernels(weights, cache, rope, compile_cache)
         if found:
-            decode_step, linear, prefill_step = found
-            return Kernels(decode_step, linear, attend_without_plans, prefill_step)
+            decode_step, prefill_step = found
+            return Kernels(decode_step, prefill_step=prefill_step)
     return None

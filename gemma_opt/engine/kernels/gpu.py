@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 
 from gemma_opt.engine.batch import Batch, Level, Sampler
 from gemma_opt.engine.cache import KvCache
-from gemma_opt.engine.linear import Visible, attend_to_chunk
 from gemma_opt.engine.rope import RopeTables
 from gemma_opt.engine.weights import TextWeights
 from gemma_opt.gemma import weights_device
 
 if TYPE_CHECKING:  # importing them needs Triton
     from gemma_opt.engine.kernels.triton_decode import TritonDecode
-    from gemma_opt.engine.kernels.triton_matrices import TritonLinear
     from gemma_opt.engine.kernels.triton_prefill import TritonPrefill
 
 log = logging.getLogger(__name__)
@@ -44,8 +41,8 @@ def why_not(device: torch.device) -> str | None:
 
 def find_gpu_kernels(
     weights: TextWeights, cache: KvCache, rope: RopeTables, compile_cache: Path | None
-) -> tuple[TritonDecode, TritonLinear, TritonPrefill] | None:
-    """The decode step, prefill's products and prefill; None, with a line in the log, where torch operations must do.
+) -> tuple[TritonDecode, TritonPrefill] | None:
+    """The decode step and prefill; None, with a line in the log, where torch operations must do.
 
     compile_cache: holds the blocks that `tune` measured for this device, and the kernels compiled for it; without them a
     rule decides about blocks, and the first steps compile.
@@ -55,7 +52,6 @@ def find_gpu_kernels(
         return None
     from gemma_opt.engine.kernels.triton_compiled import install_compiled
     from gemma_opt.engine.kernels.triton_decode import TritonDecode
-    from gemma_opt.engine.kernels.triton_matrices import TritonLinear
     from gemma_opt.engine.kernels.triton_prefill import TritonPrefill
     from gemma_opt.engine.kernels.triton_tuning import Tuning
 
@@ -63,10 +59,7 @@ def find_gpu_kernels(
         log.info("kernels that came with the checkpoint: %d", install_compiled(compile_cache))
     tuning = Tuning.load(compile_cache, weights.dtype)
     log.info("kernel blocks: %s", "measured for this GPU" if tuning.measured else "by the rule, not measured for this GPU")
-    step = TritonDecode(weights, cache, rope, tuning)
-    linear = TritonLinear(tuning)
-    linear.warm_up(weights)
-    return step, linear, TritonPrefill(weights, cache, rope, linear)
+    return TritonDecode(weights, cache, rope, tuning), TritonPrefill(weights, cache, rope, tuning)
 
 
 def speed_up_tower_(tower: nn.Module) -> None:
@@ -75,15 +68,6 @@ def speed_up_tower_(tower: nn.Module) -> None:
         from gemma_opt.engine.kernels.triton_tower import speed_up_
 
         speed_up_(tower)
-
-
-def attend_without_plans(query: Tensor, keys: Tensor, values: Tensor, visible: Visible, scale: float) -> Tensor:
-    """`attend_to_chunk` without cuDNN, which Hopper prefers from torch 2.11 on and which makes a plan for every new length.
-
-    That takes tenths of a second, and the chunks that are not recorded have every length.
-    """
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return attend_to_chunk(query, keys, values, visible, scale)
 
 
 def find_samplers(batch: Batch) -> dict[Level, Sampler]:

@@ -183,7 +183,7 @@ def attend(given: Heads, keys: Tensor, values: Tensor, out: Tensor, scratch: Scr
     """out [rows, heads · head_dim] = softmax(query · keysᵀ · scale) · values over positions (p − window, p], p the row's own.
 
     keys, values: [slots, kv_heads, length, head_dim], position p at p modulo length. window None: all positions. placed:
-    `place_qkv` has stored the rows' keys and values; else that is done here, and no two rows may be of one slot unless they
+    `store_heads` has stored the rows' keys and values; else that is done here, and no two rows may be of one slot unless they
     are the same.
     """
     splits, rows, _ = given.partial.shape

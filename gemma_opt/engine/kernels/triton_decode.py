@@ -13,7 +13,7 @@ from torch import Tensor
 from gemma_opt.engine.cache import KvCache, LayerCache
 from gemma_opt.engine.kernels import triton_attention
 from gemma_opt.engine.kernels.triton_grid import settle
-from gemma_opt.engine.kernels.triton_layer import Heads, add_norm, embed, place_qkv
+from gemma_opt.engine.kernels.triton_layer import Heads, add_norm, embed, make_heads, store_heads
 from gemma_opt.engine.kernels.triton_linear import Matrix, blocks_for, multiply
 from gemma_opt.engine.kernels.triton_matrices import TritonLinear, matrix_of, uses_of
 from gemma_opt.engine.kernels.triton_tuning import Tuning
@@ -27,7 +27,7 @@ class TritonDecode:
     """A `DecodeStep` over given weights and cache.
 
     A call may have as many rows as the cache's slots and slack allow. The logits returned lie in a buffer that the next call
-    overwrites. Quantized inputs take one launch more a product, low rank two, a cache with slack one more a layer.
+    overwrites. Quantized inputs take one launch more a product, low rank two, a cache with slack two more a layer.
     """
 
     def __init__(self, weights: TextWeights, cache: KvCache, rope: RopeTables, tuning: Tuning) -> None:
@@ -65,7 +65,8 @@ class TritonDecode:
         partial = self._multiply(layer.qkv, normed)
         given = Heads(partial, slots, positions, layer.query_norm, layer.key_norm, cos, sin, shape.eps)
         if placed:
-            place_qkv(given, None, cache.keys, cache.values)
+            make_heads(given, buffers.made[:rows], kv_heads=shape.kv_heads)
+            store_heads(buffers.made[:rows], slots, positions, cache.keys, cache.values)
         window = shape.window if layer.sliding else None
         triton_attention.attend(
             given, cache.keys, cache.values, out, buffers.scratch, scale=shape.attention_scale, window=window, placed=placed
@@ -112,6 +113,7 @@ class _Buffers:
         self.residual = empty(rows, shape.hidden, like=dtype)
         self.normed = empty(rows, shape.hidden, like=dtype)
         self.attended = empty(rows, shape.heads * shape.head_dim, like=dtype)
+        self.made = empty(rows, shape.heads + 2 * shape.kv_heads, shape.head_dim, like=dtype)
         self.scratch = triton_attention.Scratch.empty(rows, shape.heads, shape.kv_heads, shape.head_dim, device)
         self._gated = empty(rows * max((matrix.out_features // 2 for matrix, gated in uses if gated), default=0), like=dtype)
         widths = (matrix.out_features * tuning.blocks(matrix).splits for matrix, gated in uses if not gated)

@@ -98,39 +98,47 @@ def norm_and_rotate(low, high, norm_low, norm_high, cos, sin, eps, head_dim: tl.
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _place_qkv_kernel(partial, rows, slots, positions, query_norm, key_norm, cos, sin, query, keys, values, eps,
-                      splits: tl.constexpr, first_head: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr,
-                      head_dim: tl.constexpr, length: tl.constexpr, block: tl.constexpr, early: tl.constexpr):  # fmt: skip
+def _make_heads_kernel(partial, rows, positions, query_norm, key_norm, cos, sin, made, eps, splits: tl.constexpr,
+                       heads: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr, block: tl.constexpr,
+                       early: tl.constexpr):  # fmt: skip
     """One head of one row: query heads first, then key heads, then value heads."""
     row = tl.program_id(0)
-    head = first_head + tl.program_id(1) + tl.arange(0, 1)
+    head = tl.program_id(1) + tl.arange(0, 1)
+    all_heads: tl.constexpr = heads + 2 * kv_heads
     half: tl.constexpr = head_dim // 2
     d = tl.arange(0, block)[None, :]
     is_query, is_value = (head < heads)[:, None], (head >= heads + kv_heads)[:, None]
-    is_key = (is_query | is_value) ^ True
     query_norms = load_halves(query_norm, is_query, head_dim, block)
-    key_norms = load_halves(key_norm, is_key, head_dim, block)
+    key_norms = load_halves(key_norm, (is_query | is_value) ^ True, head_dim, block)
     wait_for_input(early)
-    low, high = sum_halves(partial, row, rows, head, head >= 0, keys.dtype.element_ty, splits, heads + 2 * kv_heads, head_dim,
-                           block)  # fmt: skip
+    low, high = sum_halves(partial, row, rows, head, head >= 0, made.dtype.element_ty, splits, all_heads, head_dim, block)
     position = tl.load(positions + row)
     c = tl.load(cos + position * half + d, mask=d < half, other=0.0)
     s = tl.load(sin + position * half + d, mask=d < half, other=0.0)
     first, second = norm_and_rotate(
         low, high, query_norms[0] + key_norms[0], query_norms[1] + key_norms[1], c, s, eps, head_dim
     )
-    low, high = tl.where(is_value, low, first), tl.where(is_value, high, second)
-    inside = d < half
-    at = query + (row * heads + head)[:, None] * head_dim + d
-    tl.store(at, low, mask=inside & is_query)
-    tl.store(at + half, high, mask=inside & is_query)
-    place = (tl.load(slots + row) * kv_heads * length + position % length) * head_dim + d
-    at = keys + place + (head - heads)[:, None] * length * head_dim
-    tl.store(at, low, mask=inside & is_key)
-    tl.store(at + half, high, mask=inside & is_key)
-    at = values + place + (head - heads - kv_heads)[:, None] * length * head_dim
-    tl.store(at, low, mask=inside & is_value)
-    tl.store(at + half, high, mask=inside & is_value)
+    at = made + (row * all_heads + head)[:, None] * head_dim + d
+    tl.store(at, tl.where(is_value, low, first), mask=d < half)
+    tl.store(at + half, tl.where(is_value, high, second), mask=d < half)
+
+
+@triton.jit
+def _store_kernel(made, slots, positions, last, keys, values, heads: tl.constexpr, kv_heads: tl.constexpr,
+                  head_dim: tl.constexpr, length, block: tl.constexpr, early: tl.constexpr):  # fmt: skip
+    """A key and a value head of one row. Rows that a later one would overwrite, and those behind `last`, store nothing."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, block)
+    place = tl.load(slots + row) * kv_heads + head
+    place = (place * length + tl.load(positions + row) % length) * head_dim + d
+    inside = d < head_dim
+    if last is not None:
+        newest = tl.load(last)
+        inside = inside & (row <= newest) & (row > newest - length)
+    at = made + (row * (heads + 2 * kv_heads) + heads + head) * head_dim + d
+    wait_for_input(early)
+    tl.store(keys + place, tl.load(at, mask=inside), mask=inside)
+    tl.store(values + place, tl.load(at + kv_heads * head_dim, mask=inside), mask=inside)
 
 
 def embed(tokens: Tensor, table: Tensor, scale: Tensor | None, norm: Tensor, residual: Tensor, normed: Tensor,
@@ -174,19 +182,30 @@ class Heads:
     eps: float
 
 
-def place_qkv(given: Heads, query: Tensor | None, keys: Tensor, values: Tensor) -> None:
-    """Norm and rotate queries and keys; queries go to query [rows, heads, head_dim], keys and values into the cache.
+def make_heads(given: Heads, made: Tensor, *, kv_heads: int) -> None:
+    """Query, key and value heads, the first two normed and rotated: made [rows, heads + 2 · kv_heads, head_dim]."""
+    splits, rows, _ = given.partial.shape
+    _, all_heads, head_dim = made.shape
+    early = overlaps(made)
+    _make_heads_kernel[(rows, all_heads)](
+        given.partial, rows, given.positions, given.query_norm, given.key_norm, given.cos, given.sin, made, given.eps,
+        splits=splits, heads=all_heads - 2 * kv_heads, kv_heads=kv_heads, head_dim=head_dim,
+        block=triton.next_power_of_2(head_dim // 2), num_warps=1, early=early, launch_pdl=early,
+    )  # fmt: skip
 
-    keys, values: [slots, kv_heads, length, head_dim], written at position modulo length. query None: no queries are made.
+
+def store_heads(
+    made: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor, last: Tensor | None = None
+) -> None:
+    """Put the key and value heads of `make_heads` into the cache.
+
+    slots, positions: int64 [rows]. last: int64 [1], the last row that counts, of rows that are of one slot and follow each
+    other; None: all do. keys, values: [slots, kv_heads, length, head_dim], written at position modulo length.
     """
-    splits, rows, width = given.partial.shape
-    _, kv_heads, length, head_dim = keys.shape
-    heads = width // head_dim - 2 * kv_heads
-    first_head = heads if query is None else 0
-    early = overlaps(keys)
-    _place_qkv_kernel[(rows, heads + 2 * kv_heads - first_head)](
-        given.partial, rows, given.slots, given.positions, given.query_norm, given.key_norm, given.cos, given.sin,
-        keys if query is None else query, keys, values, given.eps, splits=splits, first_head=first_head, heads=heads,
-        kv_heads=kv_heads, head_dim=head_dim, length=length, block=triton.next_power_of_2(head_dim // 2), num_warps=1,
-        early=early, launch_pdl=early,
+    rows, all_heads, head_dim = made.shape
+    _, kv_heads, length, _ = keys.shape
+    early = overlaps(made)
+    _store_kernel[(rows, kv_heads)](
+        made, slots, positions, last, keys, values, heads=all_heads - 2 * kv_heads, kv_heads=kv_heads,
+        head_dim=head_dim, length=length, block=triton.next_power_of_2(head_dim), num_warps=1, early=early, launch_pdl=early,
     )  # fmt: skip

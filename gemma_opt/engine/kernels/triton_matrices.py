@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gemma_opt.engine.kernels.triton_grid import settle
 from gemma_opt.engine.kernels.triton_library import multiply_by_library
-from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, LEAST_ROWS, MOST_ROWS, Blocks, Matrix, multiply
-from gemma_opt.engine.kernels.triton_tuning import LONGEST, Tuning
+from gemma_opt.engine.kernels.triton_linear import FEW_ROWS, Blocks, Matrix, multiply
+from gemma_opt.engine.kernels.triton_tuning import Tuning
 from gemma_opt.engine.linear import gated_gelu, linear
 from gemma_opt.engine.packed import (
     FloatRows,
@@ -27,7 +27,6 @@ from gemma_opt.engine.packed import (
 from gemma_opt.engine.weights import TextWeights
 
 OLDEST_FP8 = (8, 9)  # compute capability: Triton knows e4m3 from here on
-TILES = tuple(2**power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length() + 1))  # of rows
 
 
 @singledispatch
@@ -112,10 +111,10 @@ def settled(matrix: Matrix, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class TritonLinear:
-    """A `Linear` on a GPU. What is fastest by the number of rows:
+    """Products on a GPU. What is fastest by the number of rows:
 
-    up to FEW_ROWS the decode kernels with their blocks; up to LONGEST what was measured, the same kernels with larger
-    blocks or the vendor's library; for more the library. Linears without a kernel compute themselves.
+    up to FEW_ROWS the decode kernels with their blocks; up to `triton_tuning.LONGEST` what was measured, the same kernels with
+    larger blocks or the vendor's library; for more the library. Linears without a kernel compute themselves.
     """
 
     def __init__(self, tuning: Tuning) -> None:
@@ -148,18 +147,6 @@ class TritonLinear:
         """None: the library."""
         few = rows <= FEW_ROWS
         return self._tuning.blocks(matrix, gated=gated) if few else self._tuning.blocks_of_many(matrix, rows, gated=gated)
-
-    def warm_up(self, weights: TextWeights) -> None:
-        """Compile what a prompt of any length may need, so that no request waits for it: one product of every kind.
-
-        The head meets one row of a prompt; 500 results of it would take more memory than anything that serves.
-        """
-        *layers, head = ([(part, matrix_of(part)) for part in parts_of(packed)] for packed in linears_of(weights))
-        for some, counts in ((layers, (*TILES, LONGEST, LONGEST + 1)), ([head], (1,))):
-            kinds = {(matrix.key, matrix.activation): (part, matrix) for parts in some for part, matrix in parts if matrix}
-            for part, matrix in kinds.values():
-                for rows in counts:
-                    self(part, torch.zeros(rows, matrix.in_features, dtype=weights.dtype, device=weights.device))
 
 
 def _multiply(matrix: Matrix, x: Tensor, blocks: Blocks, *, gated: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stage `engine`: the whole engine with pictures: time to first token, 1 to 16 requests at once, memory, setup."""
+"""Stage `engine`: the whole engine with pictures: time to first token, 1 to 16 requests at once, memory, long prompts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ TOGETHER = (1, 2, 4, 8, 16)
 TEXT_TOKENS, REPLY_TOKENS = 64, 128
 MEMORY_TOKENS = 750  # prompt and reply together, one slot: the memory goal's condition
 MEMORY_CONTEXT = 752
+LONG_TOKENS = (2048, 8000)  # prompts past the window, chunk by chunk
+LONG_CONTEXT = 8192
 REPEATS = 10
 LEAST_MS = 0.3  # of a kernel that is listed
 
@@ -56,10 +58,11 @@ class Prompts:
 
 
 def run(results: Results, shape: str, formats: tuple[str, ...] = FORMATS) -> None:
-    """Two entries a format: many slots, and one slot for memory."""
+    """Three entries a format: many slots, one slot for memory, and one for long prompts."""
     for stored in formats:
         results.measure(f"{stored}, 16 slots", lambda s=stored: many_slots(shape, s))
         results.measure(f"{stored}, one slot", lambda s=stored: one_slot(shape, s))
+        results.measure(f"{stored}, long prompts", lambda s=stored: long_prompts(shape, s))
 
 
 def start(shape: str, stored: str, slots: int, context: int) -> tuple[FastEngine, dict[str, object]]:
@@ -150,6 +153,21 @@ def one_slot(shape: str, stored: str) -> dict[str, object]:
             if request:
                 entry[f"first_token_ms_by_kernel_{kind}"] = by_kernel(lambda one=request: finish(engine, [one]))
     return entry
+
+
+def long_prompts(shape: str, stored: str) -> dict[str, object]:
+    """Time to the first token of prompts that a sliding layer's ring does not hold, and the peak of memory."""
+    reset_peak()
+    context = min(LONG_CONTEXT, config_of(shape).get_text_config().max_position_embeddings)
+    engine, entry = start(shape, stored, 1, context)
+    prompts = Prompts(shape)
+    with closing(engine):
+        for tokens in LONG_TOKENS:
+            if tokens < context:
+                entry[f"first_token_ms_text_{tokens}"] = first_token_ms(
+                    engine, [prompts.text(tokens, 1) for _ in range(REPEATS)]
+                )
+    return entry | {"peak_bytes": peak_bytes()}
 
 
 def by_kernel(run: Callable[[], object]) -> dict[str, tuple[int, float]]:

@@ -264,6 +264,11 @@ def named_config(shape: str) -> GemmaConfig:
     )
 
 
+def picture_tokens(config: GemmaConfig) -> int:
+    """Soft tokens of a picture; 0 for models that do not see."""
+    return getattr(config, "mm_tokens_per_image", None) or 0
+
+
 def load_processing(folder: Path, config: GemmaConfig) -> Processing:
     """Tokenizer and processor of a folder. Raises BaseModelError."""
     try:

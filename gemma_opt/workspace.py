@@ -63,17 +63,17 @@ def workspace(config: gemma.GemmaConfig, planned: Plan, dtype: torch.dtype, cont
     hidden, vocabulary, inner = text.hidden_size, text.vocab_size, text.num_attention_heads * text.head_dim
     gate = next(row for row in planned.rows if row.role is Role.GATE)
     channels = gate.shape[0] if not gate.name.endswith(".right") else text.intermediate_size
-    rows = min(max(chunk, getattr(config, "mm_tokens_per_image", None) or 0), context)
+    soft_tokens = gemma.picture_tokens(config)
+    rows = min(max(chunk, soft_tokens), context)
     partial = text.num_attention_heads * ATTENTION_RUNS * (text.head_dim + 2) * 4
     step = vocabulary * (4 + 1) + (2 * hidden + 2 * inner + channels) * size + partial
     vision = getattr(config, "vision_config", None)
-    soft_tokens = (getattr(config, "mm_tokens_per_image", None) or 0) * hidden * size
     pixels = 0 if vision is None else 3 * vision.image_size**2 * size
     return Workspace(
         arranged=_arranged_bytes(config, planned, dtype),
         rope=2 * 2 * context * text.head_dim // 2 * 4,  # cosines and sines, of sliding and of full layers
         step=slots * step,
-        recorded=rows * (hidden * size + 2 * 8) + vocabulary * 4 + pixels + soft_tokens,
+        recorded=rows * (hidden * size + 2 * 8) + vocabulary * 4 + pixels + soft_tokens * hidden * size,
         pictures=PICTURE_CACHE_BYTES if vision else 0,
         libraries=LIBRARY_BYTES,
         prefill=_prefill_bytes(config, gate, channels, dtype, rows),

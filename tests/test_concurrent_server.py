@@ -105,9 +105,9 @@ def test_each_prediction_gets_its_own_metrics(server: CogServer) -> None:
 
 
 def test_eight_together_are_at_least_twice_as_fast_as_one(server: CogServer) -> None:
-    """One of fifteen pairs, each measured one after the other: a shared machine's second core comes and goes."""
+    """One of five pairs, each measured one after the other: other work on this machine disturbs both."""
     ratios: list[float] = []
-    while len(ratios) < 15 and max(ratios, default=0) < 2:
+    while len(ratios) < 5 and max(ratios, default=0) < 2:
         _, _, alone_s = stream_together(server, ["Count."], 2 * MANY_TOKENS)
         _, _, together_s = stream_together(server, ["Count."] * AT_ONCE, MANY_TOKENS)
         ratios.append(AT_ONCE * MANY_TOKENS / together_s / (2 * MANY_TOKENS / alone_s))

@@ -35,7 +35,7 @@ from gemma_opt.engine.kernels.triton_prefill import TritonPrefill
 from gemma_opt.engine.kernels.triton_rows import widen
 from gemma_opt.engine.kernels.triton_tower import is_sped_up, speed_up_
 from gemma_opt.engine.kernels.triton_tuning import MANY, Tuning, _candidates_of_many, default_blocks, file_name
-from gemma_opt.engine.linear import gated_gelu, linear, rms_norm
+from gemma_opt.engine.linear import Visible, attend_to_chunk, gated_gelu, linear, rms_norm
 from gemma_opt.engine.packed import (
     FloatRows,
     Fp8Rows,
@@ -603,13 +603,18 @@ def test_recorded_chunks_give_what_plain_ones_give(stored: str, slack: int, cuts
     assert [layer.sliding for layer in weights.layers] == [True, False]
     expected, mine = (TextModel(weights, KvCache(weights, slots=2, context=48, slack=slack), use_kernels=False) for _ in "ab")
     step = TritonPrefill(weights, mine.cache, mine.rope, Tuning(weights.dtype))
-    read = RecordedPrefill(step, weights, 48, 27, Recorder(DEVICE))
+    read = RecordedPrefill(step, weights, mine.cache, 27, Recorder(DEVICE))
     ids = torch.randint(5, 400, (48,), generator=seeded(4)).to(DEVICE)
     for model in (expected, mine):
         model.prefill(1, model.embed(ids.flip(0)[:40]), 0)
-    for begin, end, pictures in cuts:
-        meant = expected.prefill(1, expected.embed(ids[begin:end]), begin, pictures)
-        assert error(read(1, mine.embed(ids[begin:end]), begin, pictures), meant) < 10 * CLOSE
+    spans = [span for _, _, pictures in cuts for span in pictures]
+    for begin, end, _ in cuts:
+        meant = expected.prefill(1, expected.embed(ids[begin:end]), begin, spans)
+        assert error(read(1, mine.embed(ids[begin:end]), begin, spans), meant) < 10 * CLOSE
+    with pytest.raises(ValueError, match="beyond the context"):
+        read(1, mine.embed(ids[:8]), 41)
+    with pytest.raises(ValueError, match="tears"):
+        read(1, mine.embed(ids[:8]), 0, [(6, 9)])
     for layer in mine.cache.layers:  # where recording left something
         layer.keys[0, :, 0] = layer.values[0, :, 0] = 0
     assert_same_caches(mine, expected)
@@ -662,6 +667,20 @@ def test_a_chunks_attention_keeps_a_large_gpu_busy() -> None:
         assert -(-2 * tokens // rows) * 4 * splits >= 128
     assert cut(576, 4, wgmma=True) == (64, 4)
     assert cut(576, 4, wgmma=False) == (16, 1)
+
+
+@pytest.mark.parametrize("begins", [(0, 0, 0), (0, 31, 64)])
+def test_chunks_of_any_length_attend_to_what_they_see(begins: tuple[int, ...]) -> None:
+    """97 keys, of which the last tokens do not see the first 64: whole blocks of them, for a fused kernel."""
+    draw = seeded()
+    query, (keys, values) = torch.randn(3, 4, 64, generator=draw), torch.randn(2, 2, 97, 64, generator=draw)
+    seen = [torch.arange(97).ge(begin) & torch.arange(97).lt(95 + row) for row, begin in enumerate(begins)]
+    meant = functional.scaled_dot_product_attention(
+        query.double().transpose(0, 1), keys.double(), values.double(), torch.stack(seen), scale=0.2, enable_gqa=True
+    ).transpose(0, 1)
+    visible = Visible(torch.tensor(begins, device=DEVICE), torch.arange(95, 98, device=DEVICE), 2, torch.float32)
+    found = attend_to_chunk(query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), visible, 0.2)
+    assert error(found, meant) < 10 * CLOSE
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from benchmarks.gpu.common import COMPILE_CACHE, Results, config_of, kernels_of,
 from gemma_opt.engine.core import FastEngine
 from gemma_opt.engine.interface import EngineRequest, Finished, SamplingParams
 from gemma_opt.engine.kernels.gpu import keeping_compiled
-from gemma_opt.gemma import GemmaModel
+from gemma_opt.gemma import GemmaModel, picture_tokens
 from gemma_opt.recipe import Compile, EngineSection
 
 FORMATS = ("int8", "int4-g128", "int4-g32")
@@ -35,7 +35,7 @@ class Prompts:
         config = config_of(shape)
         self._vision = getattr(config, "vision_config", None)
         self._image_token = getattr(config, "image_token_id", None)
-        self._soft_tokens = int(getattr(config, "mm_tokens_per_image", 0))
+        self._soft_tokens = picture_tokens(config)
         self._draw = torch.Generator().manual_seed(0)
 
     def text(self, tokens: int, new_tokens: int, sampling: SamplingParams | None = None) -> EngineRequest:

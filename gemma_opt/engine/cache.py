@@ -69,6 +69,11 @@ class KvCache:
             for layer in weights.layers
         )
 
+    def check_end(self, end: int) -> None:
+        """ValueError if a slot cannot hold the positions before `end`."""
+        if end > self.context:
+            raise ValueError(f"position {end - 1} is beyond the context of {self.context}")
+
     @property
     def bytes(self) -> int:
         """Bytes of all slots."""

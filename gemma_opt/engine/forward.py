@@ -18,7 +18,7 @@ from gemma_opt.engine.cache import KvCache, LayerCache
 from gemma_opt.engine.kernels import ChunkAttention, DecodeStep, Linear, PrefillStep, find_kernels
 from gemma_opt.engine.linear import Visible, attend_to_chunk, gated_gelu, linear, rms_norm, rows_of
 from gemma_opt.engine.rope import RopeTables, Rotation, rotate
-from gemma_opt.engine.scheduler import Span
+from gemma_opt.engine.scheduler import Span, spans_inside
 from gemma_opt.engine.weights import LayerWeights, TextShape, TextWeights
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -54,13 +54,10 @@ class TextModel:
         Returns float32 logits [vocabulary] after the last token. Results depend on the chunks by rounding only.
         """
         end = start + embeddings.shape[0]
-        if end > self.cache.context:
-            raise ValueError(f"position {end - 1} is beyond the context of {self.cache.context}")
-        if torn := [span for span in image_spans if span[0] < start < span[1] or span[0] < end < span[1]]:
-            raise ValueError(f"a chunk from {start} to {end} tears pictures at {torn}")
-        inside = [span for span in image_spans if start <= span[0] and span[1] <= end]
+        self.cache.check_end(end)
+        pictures = spans_inside(image_spans, start, end)
         visible = {
-            sliding: self._visible(start, end, self._history_begin(start, sliding=sliding), inside, window)
+            sliding: self._visible(start, end, self._history_begin(start, sliding=sliding), pictures, window)
             for sliding, window in ((True, self.cache.window), (False, None))
         }
         rotations = {sliding: self.rope.at(slice(start, end), sliding=sliding) for sliding in (True, False)}

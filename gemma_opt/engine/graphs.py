@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from gemma_opt.engine.batch import Batch, Decode, Level, Sampler, step, step_apart
+from gemma_opt.engine.cache import KvCache
 from gemma_opt.engine.forward import TextModel
 from gemma_opt.engine.kernels import PrefillStep
 from gemma_opt.engine.kernels.gpu import find_samplers
-from gemma_opt.engine.scheduler import Span
+from gemma_opt.engine.scheduler import Span, spans_inside
 from gemma_opt.engine.weights import TextWeights
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def prefill_of(model: TextModel, longest: int, recorder: Recorder) -> Prefill:
     """The fastest way to read chunks of up to `longest` tokens: recorded where the device's kernels allow it."""
     if model.prefill_step is None:
         return model.prefill
-    return RecordedPrefill(model.prefill_step, model.weights, model.cache.context, longest, recorder)
+    return RecordedPrefill(model.prefill_step, model.weights, model.cache, longest, recorder)
 
 
 class _FirstToken:
@@ -217,12 +218,12 @@ class _HostTokens:
 class RecordedPrefill:
     """`TextModel.prefill` for chunks of up to `longest` tokens. Made on the thread that will call it, while no slot is in use.
 
-    context: of the cache; no position lies beyond it.
+    step: over these weights and this cache.
     """
 
-    def __init__(self, step: PrefillStep, weights: TextWeights, context: int, longest: int, recorder: Recorder) -> None:
-        device, longest = weights.device, min(longest, context)
-        self._step, self._context = step, context
+    def __init__(self, step: PrefillStep, weights: TextWeights, cache: KvCache, longest: int, recorder: Recorder) -> None:
+        device, longest = weights.device, min(longest, cache.context)
+        self._step, self._cache = step, cache
         self._embeddings = torch.zeros(longest, weights.shape.hidden, dtype=weights.dtype, device=device)
         self._numbers = torch.zeros(2 + 2 * longest, dtype=torch.int64, device=device)  # all in one copy
         self._slot, self._last, self._positions, self._pictures = self._numbers.split([1, 1, longest, longest])
@@ -232,13 +233,13 @@ class RecordedPrefill:
     def __call__(self, slot: int, embeddings: Tensor, start: int, image_spans: Sequence[Span] = ()) -> Tensor:
         """As `TextModel.prefill`; the logits are valid until the next call."""
         count, longest = embeddings.shape[0], len(self._positions)
+        self._cache.check_end(start + count)
         self._embeddings[:count] = embeddings
-        positions = [min(position, self._context - 1) for position in range(start, start + longest)]
-        pictures = [0] * longest
-        for number, (begin, stop) in enumerate(image_spans, start=1):
-            if start <= begin and stop <= start + count:
-                pictures[begin - start : stop - start] = [number] * (stop - begin)
-        self._numbers.copy_(torch.tensor([slot, count - 1, *positions, *pictures]))
+        positions = torch.arange(start, start + longest).clamp_(max=self._cache.context - 1)
+        pictures = torch.zeros_like(positions)
+        for number, (begin, stop) in enumerate(spans_inside(image_spans, start, start + count), start=1):
+            pictures[begin - start : stop - start] = number
+        self._numbers.copy_(torch.cat((torch.tensor([slot, count - 1]), positions, pictures)))
         self._recordings[min(size for size in self._recordings if size >= count)]()
         return self._logits
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from gemma_opt.engine.graphs import Recorder
-from gemma_opt.gemma import GemmaModel, weights_device
+from gemma_opt.gemma import GemmaModel, picture_tokens, weights_device
 
 CACHE_BYTES = 32 * 2**20  # 25 pictures of the 4B model in bfloat16
 
@@ -61,7 +61,7 @@ def picture_encoder(model: GemmaModel, recorder: Recorder | None = None) -> Enco
     config = model.config
     side = int(getattr(config, "vision_config").image_size)  # noqa: B009 text models have none
     batch = torch.zeros(1, 3, side, side, dtype=dtype, device=device)
-    sizes = int(getattr(config, "mm_tokens_per_image")), config.get_text_config().hidden_size  # noqa: B009
+    sizes = picture_tokens(config), config.get_text_config().hidden_size
     soft_tokens = torch.zeros(sizes, dtype=dtype, device=device)
 
     def run() -> None:

@@ -33,7 +33,7 @@ from gemma_opt.engine.queueing import OUT_OF_MEMORY, QueuedGeneration
 from gemma_opt.engine.scheduler import Chunk, Scheduler, Span, chunk_ends
 from gemma_opt.engine.weights import take_weights
 from gemma_opt.errors import CompileError, EngineError, GemmaOptError, InputError
-from gemma_opt.gemma import GemmaModel, stop_token_ids, vision_tower, weights_device
+from gemma_opt.gemma import GemmaModel, picture_tokens, stop_token_ids, vision_tower, weights_device
 from gemma_opt.recipe import EngineSection
 
 log = logging.getLogger(__name__)
@@ -128,8 +128,8 @@ class Runner:
         wanted = self._device.type == "cuda" if run_ahead is None else run_ahead
         self._runs_ahead = wanted and not settings.lookup  # guesses are made from the tokens
         self._row_cost = self._measure_row_cost() if settings.lookup else 1.0
-        picture_tokens = getattr(model.config, "mm_tokens_per_image", None) or 0  # a picture is never cut
-        self._prefill = prefill_of(self._model, max(settings.prefill_chunk, picture_tokens), recorder)
+        longest = max(settings.prefill_chunk, picture_tokens(model.config))  # a picture is never cut
+        self._prefill = prefill_of(self._model, longest, recorder)
         self._step, self._first_token = steps_of(self._model.decode, self._batch, recorder)
 
     # Requests in and out

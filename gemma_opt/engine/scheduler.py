@@ -38,6 +38,13 @@ def chunk_ends(length: int, image_spans: Sequence[Span], chunk: int) -> tuple[in
     return tuple(ends)
 
 
+def spans_inside(image_spans: Sequence[Span], start: int, end: int) -> list[Span]:
+    """The pictures of a chunk. ValueError if it would tear one."""
+    if torn := [span for span in image_spans if span[0] < start < span[1] or span[0] < end < span[1]]:
+        raise ValueError(f"a chunk from {start} to {end} tears pictures at {torn}")
+    return [span for span in image_spans if start <= span[0] and span[1] <= end]
+
+
 @dataclass(frozen=True)
 class Chunk(Generic[Key]):
     """Read positions start ≤ p < end of `key`'s prompt into its slot. last: then the first token can be drawn."""

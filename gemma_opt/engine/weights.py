@@ -52,6 +52,11 @@ class TextShape:
         return self.heads // self.kv_heads
 
     @property
+    def all_heads(self) -> int:
+        """Query, key and value heads, as they lie side by side in the packed product."""
+        return self.heads + 2 * self.kv_heads
+
+    @property
     def qkv_widths(self) -> tuple[int, int, int]:
         """Rows of query, key and value in the packed matrix."""
         return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim

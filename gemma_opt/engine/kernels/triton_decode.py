@@ -113,7 +113,7 @@ class _Buffers:
         self.residual = empty(rows, shape.hidden, like=dtype)
         self.normed = empty(rows, shape.hidden, like=dtype)
         self.attended = empty(rows, shape.heads * shape.head_dim, like=dtype)
-        self.made = empty(rows, shape.heads + 2 * shape.kv_heads, shape.head_dim, like=dtype)
+        self.made = empty(rows, shape.all_heads, shape.head_dim, like=dtype)
         self.scratch = triton_attention.Scratch.empty(rows, shape.heads, shape.kv_heads, shape.head_dim, device)
         self._gated = empty(rows * max((matrix.out_features // 2 for matrix, gated in uses if gated), default=0), like=dtype)
         widths = (matrix.out_features * tuning.blocks(matrix).splits for matrix, gated in uses if not gated)

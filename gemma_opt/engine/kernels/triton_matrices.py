@@ -78,15 +78,11 @@ def arrange(packed: PackedLinear) -> PackedLinear:
             return packed
 
 
-def linears_of(weights: TextWeights) -> list[PackedLinear]:
-    """Every linear of the layers, and the head."""
-    return [part for layer in weights.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [weights.head]
-
-
 def uses_of(weights: TextWeights) -> list[tuple[Matrix, bool]]:
     """Every matrix that kernels multiply with in a step, and whether the product is gated."""
     gated = {id(layer.gate_up) for layer in weights.layers}  # parts of a stack are multiplied apart, not gated
-    found = ((matrix_of(part), id(part) in gated) for packed in linears_of(weights) for part in parts_of(packed))
+    linears = [part for layer in weights.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [weights.head]
+    found = ((matrix_of(part), id(part) in gated) for packed in linears for part in parts_of(packed))
     return [(matrix, is_gated) for matrix, is_gated in found if matrix]
 
 

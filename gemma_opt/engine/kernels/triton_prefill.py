@@ -28,8 +28,7 @@ class TritonPrefill:
         slots = slot.expand(rows).contiguous()
         residual = embeddings.clone()
         normed = rms_norm(residual, layers[0].input_norm, shape.eps)
-        all_heads = shape.heads + 2 * shape.kv_heads
-        made = torch.empty(rows, all_heads, shape.head_dim, dtype=weights.dtype, device=weights.device)
+        made = torch.empty(rows, shape.all_heads, shape.head_dim, dtype=weights.dtype, device=weights.device)
         next_norms = [layer.input_norm for layer in layers[1:]] + [weights.final_norm]
         for layer, cache, next_norm in zip(layers, self._cache.layers, next_norms, strict=True):
             cos, sin = self._rope.sliding if layer.sliding else self._rope.full

@@ -1,8 +1,9 @@
-"""Wanda, SparseGPT and compact removal. Oracles: textbook OBS with explicit inverses, plain solves, brute-force greedy."""
+"""Wanda, SparseGPT, ADMM and compact removal. Oracles: OBS with explicit inverses, plain solves, every mask there is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations, product
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +22,7 @@ from gemma_opt.policy import dropped_count, plan, plan_stages
 from gemma_opt.prompt import PromptEncoder, single_turn
 from gemma_opt.recipe import Recipe
 from gemma_opt.sparsity import masks, quadratic, scores, sparsify_, structured
+from gemma_opt.sparsity.admm import admm
 from gemma_opt.sparsity.allocation import sensitivity_counts
 from gemma_opt.sparsity.sparsegpt import sparsegpt
 from gemma_opt.staging import staging
@@ -31,6 +33,7 @@ RATIOS = [0.01, 0.3, 0.5, 0.77]
 CALIBRATION = {"source": ["unused"], "windows": 4, "window_tokens": 64}
 WANDA = {"method": "wanda", "ratio": 0.5}
 SPARSEGPT = {"method": "sparsegpt", "ratio": 0.5}
+ADMM = {"method": "admm", "ratio": 0.5, "steps": 20}
 COMPACT = {"method": "compact", "ratio": 0.25, "multiple": 4}
 EXACT = {"default": "fp32", "roles": {"embedding": "fp32"}}
 
@@ -182,6 +185,51 @@ def test_row_weights_move_the_loss_to_rows_that_matter_less() -> None:
     assert int((result[0] == 0).sum()) < int((sparsegpt(random_weight(), given, "per_layer", 42)[0] == 0).sum())
 
 
+def pruned_by_admm(weight: Tensor, given: quadratic.Quadratic, pattern: str, count: int = 0) -> Tensor:
+    """Forty steps and the exact fit of what is kept."""
+    found = admm(weight, given, lambda score: masks.of_pattern(score, pattern, count), 40)
+    return quadratic.refine(found, found != 0, weight, given.hessian, 40)
+
+
+def errors(weight: Tensor, wanted: Tensor, hessian: Tensor) -> Tensor:
+    """[rows]: what each row of `weight` costs."""
+    change = (weight - wanted).double()
+    return ((change @ hessian.double()) * change).sum(dim=1)
+
+
+def test_admm_comes_closer_to_the_best_of_all_masks_than_sparsegpt() -> None:
+    """Each row of 12 inputs has 216 masks of two in four."""
+    _, given = problem()
+    weight, hessian = random_weight(40), given.hessian.double()
+    groups = [[start + one, start + other] for start in (0, 4, 8) for one, other in combinations(range(4), 2)]
+    least = torch.full((40,), torch.inf, dtype=torch.float64)
+    for chosen in product(groups[:6], groups[6:12], groups[12:]):
+        kept = [column for pair in chosen for column in pair]
+        fit = torch.zeros(40, 12, dtype=torch.float64)
+        fit[:, kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight.double().T).T
+        least = least.minimum(errors(fit, weight, hessian))
+    greedy = sparsegpt(weight, given, (2, 4), 0)
+    greedy = quadratic.refine(greedy, greedy != 0, weight, given.hessian, 40)
+    ours, theirs = (
+        float((errors(found, weight, hessian) / least).log().mean()) for found in (pruned_by_admm(weight, given, "2:4"), greedy)
+    )
+    assert 0 <= ours < 0.5 * theirs
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_admm_counts_are_exact_and_earlier_zeros_among_them(ratio: float) -> None:
+    _, given = problem(96, 400)
+    weight = random_weight(20, 96)
+    zero = torch.rand(20, 96, generator=torch.Generator().manual_seed(4)) < ratio / 2
+    weight = weight.masked_fill(zero, 0)
+    count, in_row = dropped_count(weight.numel(), ratio), max(dropped_count(96, ratio), int(zero.sum(dim=1).max()))
+    by_layer, by_row = pruned_by_admm(weight, given, "per_layer", count), pruned_by_admm(weight, given, "per_row", in_row)
+    assert int((by_layer == 0).sum()) == count
+    assert ((by_row == 0).sum(dim=1) == in_row).all()
+    assert not by_layer[zero].any()
+    assert not by_row[zero].any()
+
+
 def test_refine_reaches_the_least_squares_of_the_kept_weights() -> None:
     _, given = problem()
     weight, keep = random_weight(), masks.per_layer(random_weight().flip(0).abs(), 42)
@@ -270,6 +318,9 @@ def test_sequential_wanda_measures_behind_pruned_linears() -> None:
         SPARSEGPT | {"pattern": "per_row", "order": "one_shot"},
         SPARSEGPT | {"pattern": "2:4", "match": "dense"},
         SPARSEGPT | {"match": "dense", "refine": 10},
+        ADMM,
+        ADMM | {"pattern": "per_row", "order": "one_shot", "refine": 0},
+        ADMM | {"pattern": "2:4", "match": "dense"},
     ],
     ids=str,
 )
@@ -281,7 +332,7 @@ def test_the_ratio_is_exact_in_every_layer(stage: dict[str, object]) -> None:
     assert all(result.zeros == result.dropped == result.weights // 2 for result in results.values())
 
 
-@pytest.mark.parametrize("stage", [WANDA | {"pattern": "per_layer"}, SPARSEGPT], ids=lambda stage: stage["method"])
+@pytest.mark.parametrize("stage", [WANDA | {"pattern": "per_layer"}, SPARSEGPT, ADMM], ids=lambda stage: stage["method"])
 def test_an_allocated_ratio_is_exact_over_all_layers(stage: dict[str, object]) -> None:
     model = small_text_model()
     recipe = rules(stage | {"allocation": "sensitivity", "ratio": 0.3})
@@ -305,6 +356,7 @@ def test_each_lever_helps_on_the_calibration_data() -> None:
     refined = output_error(pruned(SPARSEGPT | {"refine": 20}))
     dense = output_error(pruned(SPARSEGPT | {"refine": 20, "match": "dense"}))
     assert dense < refined < plain < min(wanda, magnitude)
+    assert output_error(pruned(ADMM)) < refined
 
 
 def test_compact_takes_channels_out_of_gate_up_and_down_together() -> None:
@@ -376,6 +428,7 @@ class Killed(Exception):
         SPARSEGPT | {"match": "dense", "allocation": "sensitivity"},
         SPARSEGPT | {"order": "one_shot"},
         WANDA,
+        ADMM,
         COMPACT | {"match": "dense"},
     ],
     ids=str,

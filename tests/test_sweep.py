@@ -58,7 +58,7 @@ def test_the_list_covers_what_it_promises() -> None:
     names = [entry["name"] for entry in entries]
     assert len(names) == len(set(names)) >= 14
     methods = {stage["method"] for entry in entries for stage in entry.get("sparsity", [])}
-    assert methods == {"magnitude", "gradual", "layer_norm", "rows", "wanda", "sparsegpt", "compact"}
+    assert methods == {"magnitude", "gradual", "layer_norm", "rows", "wanda", "sparsegpt", "admm", "compact"}
     for method in ("magnitude", "layer_norm", "wanda", "sparsegpt"):
         ratios = {stage["ratio"] for entry in entries for stage in entry.get("sparsity", []) if stage["method"] == method}
         assert ratios >= {0.1, 0.3, 0.5}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import singledispatch
 
-from gemma_opt.recipe import Compact, Gradual, LayerNorm, LowRank, Magnitude, Rows, SparseGPT, Wanda, parse_n_m
+from gemma_opt.recipe import ADMM, Compact, Gradual, LayerNorm, LowRank, Magnitude, Rows, SparseGPT, Wanda, parse_n_m
 
 
 def dropped_count(size: int, ratio: float) -> int:
@@ -27,7 +27,8 @@ def pool_size(stage: object, shape: tuple[int, ...]) -> int:
 @pool_size.register(Gradual)
 @pool_size.register(Wanda)
 @pool_size.register(SparseGPT)
-def _(stage: Magnitude | Gradual | Wanda | SparseGPT, shape: tuple[int, ...]) -> int:
+@pool_size.register(ADMM)
+def _(stage: Magnitude | Gradual | Wanda | SparseGPT | ADMM, shape: tuple[int, ...]) -> int:
     if n_m := parse_n_m(stage.pattern):
         return n_m[1]
     return shape[1] if stage.pattern == "per_row" else math.prod(shape)

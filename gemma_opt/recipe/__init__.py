@@ -33,6 +33,7 @@ from gemma_opt.recipe.recipe import Recipe
 from gemma_opt.recipe.section import TEXT_ROLES
 from gemma_opt.recipe.source import HUB_ID, BaseModelSection, Calibration
 from gemma_opt.recipe.sparsity import (
+    ADMM,
     Compact,
     Gradual,
     LayerNorm,
@@ -47,6 +48,7 @@ from gemma_opt.recipe.sparsity import (
 from gemma_opt.recipe.training import Distill, LowRank
 
 __all__ = [
+    "ADMM",
     "FLOATS",
     "FP8_FORMATS",
     "HUB_ID",

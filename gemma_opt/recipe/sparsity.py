@@ -129,6 +129,21 @@ class SparseGPT(_CalibratedStage):
     match: Literal["own", "dense"] = "own"
 
 
+class ADMM(_CalibratedStage):
+    """Zero what the kept weights of its row can best make up for, chosen for all of them at once: slower, and closer.
+
+    steps: of the alternation between fitting the outputs and having the zeros. refine: conjugate-gradient steps on what is
+    kept in the end. `damping`, `match`: as in SparseGPT.
+    """
+
+    method: Literal["admm"]
+    pattern: Literal["per_layer", "per_row"] | NM = "per_layer"
+    steps: int = Field(default=40, ge=1, le=1000)
+    damping: float = Field(default=0.01, gt=0, le=1)
+    refine: int = Field(default=20, ge=0, le=1000)
+    match: Literal["own", "dense"] = "own"
+
+
 class Compact(Section):
     """Take whole MLP channels out of gate, up and down: a smaller and faster model of the same architecture.
 
@@ -148,4 +163,6 @@ class Compact(Section):
     order: Order = "sequential"
 
 
-SparsityStage = Annotated[Magnitude | Gradual | LayerNorm | Rows | Wanda | SparseGPT | Compact, Field(discriminator="method")]
+SparsityStage = Annotated[
+    Magnitude | Gradual | LayerNorm | Rows | Wanda | SparseGPT | ADMM | Compact, Field(discriminator="method")
+]

@@ -16,8 +16,9 @@ from gemma_opt.calibration import CalibrationData, Moments, Sensitivity, measure
 from gemma_opt.errors import PlanError
 from gemma_opt.gemma import GemmaModel
 from gemma_opt.policy import Role, dropped_count, kept_channels, pool_size, role_of
-from gemma_opt.recipe import Compact, SparseGPT, Wanda, parse_n_m
+from gemma_opt.recipe import ADMM, Compact, SparseGPT, Wanda, parse_n_m
 from gemma_opt.sparsity import masks, quadratic, scores, structured
+from gemma_opt.sparsity.admm import admm
 from gemma_opt.sparsity.allocation import sensitivity_counts
 from gemma_opt.sparsity.apply import _Drop, _prune_, _Run
 from gemma_opt.sparsity.sparsegpt import sparsegpt
@@ -27,6 +28,9 @@ _SENSITIVITY = "sensitivity"
 
 NewWeights = dict[str, Tensor]
 Change = Callable[[Sequence[str], dict[str, Moments]], NewWeights]  # linears with their moments → weights that replace theirs
+Prune = Callable[
+    [Tensor, quadratic.Quadratic, int, Tensor | None], Tensor
+]  # wanted weight, its error, count, weight of each row
 
 
 @_prune_.register
@@ -50,24 +54,24 @@ def _(stage: Wanda, run: _Run) -> dict[str, _Drop]:
 
 @_prune_.register
 def _(stage: SparseGPT, run: _Run) -> dict[str, _Drop]:
-    drops, sensitivity = _drops(stage, run)
     pattern = parse_n_m(stage.pattern) or stage.pattern
 
-    def change(names: Sequence[str], moments: dict[str, Moments]) -> NewWeights:
-        problem = quadratic.damped(_hessian(moments[names[0]]), stage.damping)
-        return {name: _sparsegpt(name, moments[name], problem) for name in names}
+    def prune(wanted: Tensor, problem: quadratic.Quadratic, count: int, row_weight: Tensor | None) -> Tensor:
+        return sparsegpt(wanted, problem, pattern, count, row_weight)
 
-    def _sparsegpt(name: str, moments: Moments, problem: quadratic.Quadratic) -> Tensor:
-        weight = run.weights[name].detach()
-        wanted = quadratic.target(weight, moments, problem).masked_fill_(weight == 0, 0)
-        count = drops[name].count * pool_size(stage, tuple(weight.shape)) // weight.numel()
-        pruned = sparsegpt(wanted, problem, pattern, count, sensitivity[name].gradient_square if sensitivity else None)
-        if stage.refine:
-            pruned = quadratic.refine(pruned, pruned != 0, wanted, problem.hessian, stage.refine)
-        return pruned
+    return _reconstruct_(stage, run, prune)
 
-    _layer_by_layer_(stage, run, change, follow_dense=stage.match == "dense")
-    return drops
+
+@_prune_.register
+def _(stage: ADMM, run: _Run) -> dict[str, _Drop]:
+    def prune(wanted: Tensor, problem: quadratic.Quadratic, count: int, row_weight: Tensor | None) -> Tensor:
+        def keep_of(score: Tensor) -> Tensor:
+            weighed = score if row_weight is None else score * row_weight.sqrt()[:, None]
+            return masks.of_pattern(weighed, stage.pattern, count)
+
+        return admm(wanted, problem, keep_of, stage.steps)
+
+    return _reconstruct_(stage, run, prune)
 
 
 @_prune_.register
@@ -99,8 +103,27 @@ def _(stage: Compact, run: _Run) -> dict[str, _Drop]:
     return {name: _Drop(stage.ratio, size // width * (width - keep)) for name, size in sizes.items()}
 
 
+def _reconstruct_(stage: SparseGPT | ADMM, run: _Run, prune: Prune) -> dict[str, _Drop]:
+    """Zero weights and move the others so that every linear gives what it should."""
+    drops, sensitivity = _drops(stage, run)
+
+    def change(names: Sequence[str], moments: dict[str, Moments]) -> NewWeights:
+        problem = quadratic.damped(_hessian(moments[names[0]]), stage.damping)
+        return {name: pruned(name, moments[name], problem) for name in names}
+
+    def pruned(name: str, moments: Moments, problem: quadratic.Quadratic) -> Tensor:
+        weight = run.weights[name].detach()
+        wanted = quadratic.target(weight, moments, problem).masked_fill_(weight == 0, 0)
+        count = drops[name].count * pool_size(stage, tuple(weight.shape)) // weight.numel()
+        found = prune(wanted, problem, count, sensitivity[name].gradient_square if sensitivity else None)
+        return quadratic.refine(found, found != 0, wanted, problem.hessian, stage.refine) if stage.refine else found
+
+    _layer_by_layer_(stage, run, change, follow_dense=stage.match == "dense")
+    return drops
+
+
 def _layer_by_layer_(
-    stage: Wanda | SparseGPT | Compact,
+    stage: Wanda | SparseGPT | ADMM | Compact,
     run: _Run,
     change: Change,
     *,
@@ -132,7 +155,7 @@ def _layer_by_layer_(
         run.progress(done, len(run.weights), block.name)
 
 
-def _drops(stage: Wanda | SparseGPT, run: _Run) -> tuple[dict[str, _Drop], dict[str, Sensitivity] | None]:
+def _drops(stage: Wanda | SparseGPT | ADMM, run: _Run) -> tuple[dict[str, _Drop], dict[str, Sensitivity] | None]:
     """How much every layer gives up; and the sensitivities that decided it, where the stage asks for them."""
     if stage.allocation == "uniform":
         pools = {name: pool_size(stage, tuple(weight.shape)) for name, weight in run.weights.items()}

@@ -7,6 +7,7 @@
 PYTHON ?= python3
 PORT ?= 5000
 RECIPE ?= small-int8-pruned
+WORKERS ?= 2
 QUESTION ?= Describe the picture.
 PICTURE ?= examples/chart.png
 BIN := .venv/bin
@@ -37,8 +38,10 @@ lint: setup
 types: setup
 	$(BIN)/pyright
 
+unit: export OMP_NUM_THREADS ?= 1
 unit: setup
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not timed' --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m timed
 
 serve: setup
 	$(BIN)/python -m gemma_opt serve --port $(PORT)

@@ -11,6 +11,8 @@ import httpx
 import pytest
 from server import Answer, CogServer
 
+pytestmark = pytest.mark.timed
+
 AT_ONCE = 8
 MANY_TOKENS = 400  # enough that answers, not requests, take the time
 LONG_TOKENS = 1900

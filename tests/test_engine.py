@@ -21,6 +21,8 @@ from gemma_opt.errors import CompileError, EngineClosed, EngineError, Generation
 from gemma_opt.prompt import EncodedPrompt, PromptEncoder, single_turn
 from gemma_opt.recipe import Compile, EngineSection
 
+pytestmark = pytest.mark.timed
+
 CONTEXT = 512
 WINDOW = 128  # of the bundled model's sliding layers
 FREE_AFTER_CANCEL_S = 0.25

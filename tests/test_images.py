@@ -30,6 +30,8 @@ from gemma_opt.errors import ImageError, ImageFetchError
 from gemma_opt.fetching import FETCH_FAILED, MAX_BYTES, FetchPolicy, IPAddress, is_public
 from gemma_opt.images import decode_image, load_image
 
+pytestmark = pytest.mark.timed
+
 TraceFunction = Callable[[FrameType, str, object], object]
 Page = Callable[[BaseHTTPRequestHandler], None]
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

@@ -18,6 +18,8 @@ from gemma_opt import charts
 from gemma_opt.loading import DEFAULT_RECIPE
 from gemma_opt.recipe import Recipe
 
+pytestmark = pytest.mark.timed
+
 QUESTION = "Describe the picture."
 FREED_S = 0.25  # promised: after this a cancelled request's place is another's
 ENGINE_FREED_S = 2.0  # far below the time of 1,500 tokens: nobody may wait for those to be made

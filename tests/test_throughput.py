@@ -12,6 +12,8 @@ from gemma_opt.loading import resolve
 from gemma_opt.service import Service
 from gemma_opt.throughput import measure, percentiles, table, unlike_prompts
 
+pytestmark = pytest.mark.timed
+
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:

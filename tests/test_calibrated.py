@@ -216,6 +216,16 @@ def test_admm_comes_closer_to_the_best_of_all_masks_than_sparsegpt() -> None:
     assert 0 <= ours < 0.5 * theirs
 
 
+def test_admm_takes_from_rows_that_matter_less() -> None:
+    _, given = problem()
+    row_weight = torch.tensor([100.0] + [1.0] * 6)
+    zeros = [
+        int((admm(random_weight(), given, lambda score: masks.per_layer(score, 42), 40, weight)[0] == 0).sum())
+        for weight in (row_weight, None)
+    ]
+    assert zeros[0] < zeros[1]
+
+
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_admm_counts_are_exact_and_earlier_zeros_among_them(ratio: float) -> None:
     _, given = problem(96, 400)

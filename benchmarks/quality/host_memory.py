@@ -29,6 +29,7 @@ HIDDEN = 2560
 STAGES = {
     "compact": {"method": "compact", "ratio": 0.25, "match": "dense"},
     "sparsegpt": {"method": "sparsegpt", "ratio": 0.5, "pattern": "2:4", "match": "dense", "refine": 5},
+    "admm": {"method": "admm", "ratio": 0.5, "pattern": "2:4", "steps": 2, "refine": 5},
 }
 
 

@@ -21,10 +21,17 @@ FIRST_PULL, LAST_PULL = 0.03, 10.0  # of a Hessian whose diagonal is 1: by the l
 
 
 @with_onednn
-def admm(weight: Tensor, quadratic: Quadratic, keep_of: Callable[[Tensor], Tensor], steps: int) -> Tensor:
-    """The pruned and updated weight, float32 [out, in]; its error is that of `quadratic`.
+def admm(
+    weight: Tensor,
+    quadratic: Quadratic,
+    keep_of: Callable[[Tensor], Tensor],
+    steps: int,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """The pruned and updated weight, float32 [out, in].
 
     weight: float32 [out, in]; its zeros stay. keep_of: scores [out, in], those of zeros −1 → bool [out, in], True survives.
+    row_weight: [out], how much each output matters where rows compete.
     """
     scale = quadratic.hessian.diagonal().sqrt()
     values, vectors = torch.linalg.eigh(quadratic.hessian / scale / scale[:, None])
@@ -35,7 +42,8 @@ def admm(weight: Tensor, quadratic: Quadratic, keep_of: Callable[[Tensor], Tenso
     pull, drift = FIRST_PULL, torch.zeros_like(weight)
 
     def project(given: Tensor) -> Tensor:
-        return given * (keep_of(given.abs().masked_fill(frozen, -1.0)) & ~frozen)
+        score = given.abs() if row_weight is None else given.abs() * row_weight.sqrt()[:, None]
+        return given * (keep_of(score.masked_fill(frozen, -1.0)) & ~frozen)
 
     sparse = project(weight)
     for _ in range(steps):

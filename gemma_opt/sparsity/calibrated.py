@@ -1,4 +1,4 @@
-"""The methods that measure the model on data, one decoder layer at a time: Wanda, SparseGPT, and compact removal.
+"""The methods that measure the model on data, one decoder layer at a time: Wanda, SparseGPT, ADMM, and compact removal.
 
 In sequential order every linear is measured behind all that was pruned before it, inside its own layer too; in one_shot
 order behind dense weights only. A finished layer is kept in the store, and a build that was interrupted goes on from
@@ -8,6 +8,7 @@ there: loaded weights and unchanged data give the hidden states, and so the resu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
@@ -65,11 +66,8 @@ def _(stage: SparseGPT, run: _Run) -> dict[str, _Drop]:
 @_prune_.register
 def _(stage: ADMM, run: _Run) -> dict[str, _Drop]:
     def prune(wanted: Tensor, problem: quadratic.Quadratic, count: int, row_weight: Tensor | None) -> Tensor:
-        def keep_of(score: Tensor) -> Tensor:
-            weighed = score if row_weight is None else score * row_weight.sqrt()[:, None]
-            return masks.of_pattern(weighed, stage.pattern, count)
-
-        return admm(wanted, problem, keep_of, stage.steps)
+        keep_of = partial(masks.of_pattern, pattern=stage.pattern, count=count)
+        return admm(wanted, problem, keep_of, stage.steps, row_weight)
 
     return _reconstruct_(stage, run, prune)
 

@@ -3,7 +3,7 @@
 #
 # PYTHON=python3.12         another interpreter (3.11 or 3.12)
 # TORCH_INDEX=https://…     take torch from this package index, e.g. one with CPU-only builds
-# WORKERS=2                processes that share the tests, but for those that promise seconds or ratios
+# WORKERS=2                 processes that share the tests, but for those that promise seconds or ratios
 
 PYTHON ?= python3
 PORT ?= 5000

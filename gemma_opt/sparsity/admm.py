@@ -33,9 +33,9 @@ def admm(
     weight: float32 [out, in]; its zeros stay. keep_of: scores [out, in], those of zeros −1 → bool [out, in], True survives.
     row_weight: [out], how much each output matters where rows compete.
     """
-    scale = quadratic.hessian.diagonal().sqrt()
-    values, vectors = torch.linalg.eigh(quadratic.hessian / scale / scale[:, None])
-    rows, columns = vectors.T.contiguous(), vectors.contiguous()
+    spectrum = quadratic.spectrum
+    scale, values = spectrum.scale, spectrum.values
+    rows, columns = spectrum.vectors.T.contiguous(), spectrum.vectors.contiguous()
     frozen, weight = weight == 0, weight * scale
     pulled = functional.linear(weight, rows) * values
     growth = (LAST_PULL / FIRST_PULL) ** (1 / max(1, steps - 1))

@@ -7,6 +7,7 @@ layers as well, the least-squares fit of the dense layer's output on the dense m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from torch.nn import functional
 from gemma_opt.calibration import Moments
 from gemma_opt.errors import WeightsError
 from gemma_opt.onednn import with_onednn
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A Hessian D C D with C of diagonal 1. scale: [in], the diagonal of D; values: [in] and vectors: [in, in] are C's."""
+
+    scale: Tensor
+    values: Tensor
+    vectors: Tensor
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,12 @@ class Quadratic:
     def inverse(self) -> Tensor:
         """[in, in]."""
         return torch.cholesky_inverse(self.factor)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Found once for all linears that read the same input."""
+        scale = self.hessian.diagonal().sqrt()
+        return Spectrum(scale, *torch.linalg.eigh(self.hessian / scale / scale[:, None]))
 
 
 def damped(hessian: Tensor, damping: float) -> Quadratic:

@@ -113,35 +113,35 @@ class Wanda(_CalibratedStage):
     pattern: Literal["per_layer", "per_row"] | NM = "per_row"
 
 
-class SparseGPT(_CalibratedStage):
-    """Zero what the kept weights of its row can best make up for, and let them.
+class _Reconstruction(_CalibratedStage):
+    """A stage that zeroes weights and moves the others, so that each layer gives what it should.
 
     damping: share of the mean of the Hessian's diagonal that is added to it. refine: conjugate-gradient steps on the kept
-    weights once all masks are known; 0 leaves SparseGPT's own values. match: what a layer should give after pruning: its
-    own dense output on the inputs it now gets ("own"), or on those of the dense model ("dense", which makes up for earlier
-    layers too).
+    weights once all masks are known. match: what a layer should give after pruning: its own dense output on the inputs it now
+    gets ("own"), or on those of the dense model ("dense", which makes up for earlier layers too).
     """
 
-    method: Literal["sparsegpt"]
     pattern: Literal["per_layer", "per_row"] | NM = "per_layer"
     damping: float = Field(default=0.01, gt=0, le=1)
     refine: int = Field(default=0, ge=0, le=1000)
     match: Literal["own", "dense"] = "own"
 
 
-class ADMM(_CalibratedStage):
-    """Zero what the kept weights of its row can best make up for, chosen for all of them at once: slower, and closer.
+class SparseGPT(_Reconstruction):
+    """Zero what the kept weights of its row can best make up for, and let them; without `refine` they keep its own values."""
 
-    steps: of the alternation between fitting the outputs and having the zeros. refine: conjugate-gradient steps on what is
-    kept in the end. `damping`, `match`: as in SparseGPT.
+    method: Literal["sparsegpt"]
+
+
+class ADMM(_Reconstruction):
+    """The same, chosen for all weights at once: slower, and closer.
+
+    steps: of the alternation between fitting the outputs and having the zeros.
     """
 
     method: Literal["admm"]
-    pattern: Literal["per_layer", "per_row"] | NM = "per_layer"
     steps: int = Field(default=40, ge=1, le=1000)
-    damping: float = Field(default=0.01, gt=0, le=1)
     refine: int = Field(default=20, ge=0, le=1000)
-    match: Literal["own", "dense"] = "own"
 
 
 class Compact(Section):

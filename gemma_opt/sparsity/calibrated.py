@@ -29,9 +29,8 @@ _SENSITIVITY = "sensitivity"
 
 NewWeights = dict[str, Tensor]
 Change = Callable[[Sequence[str], dict[str, Moments]], NewWeights]  # linears with their moments → weights that replace theirs
-Prune = Callable[
-    [Tensor, quadratic.Quadratic, int, Tensor | None], Tensor
-]  # wanted weight, its error, count, weight of each row
+# the wanted weight, what errors in it cost, how many fall, how much each row matters → the pruned weight
+Prune = Callable[[Tensor, quadratic.Quadratic, int, Tensor | None], Tensor]
 
 
 @_prune_.register

@@ -10,7 +10,7 @@ import errno
 import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -275,6 +275,39 @@ def bench(
         print_json({"model": model, "rounds": [one.to_json() for one in rounds]})
         return
     console().print(table(model, rounds))
+
+
+@app.command("export")
+def export_(
+    model: Model,
+    out: Annotated[Path, typer.Option(file_okay=False, help="New folder.")],
+    form: Annotated[
+        Literal["transformers", "compressed-tensors"],
+        typer.Option("--format", help="Every weight as floats; or text linears as they are quantized, which vLLM reads too."),
+    ] = "transformers",
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, typer.Option(help="Of all floats.", show_default="the recipe's")
+    ] = None,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to the hub (token: HF_TOKEN).")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Write a folder that plain transformers loads, or vLLM. With --push the only verb that uploads."""
+    from gemma_opt import export
+    from gemma_opt.loading import resolve
+
+    target = export.ExportFormat(form)
+    export.refuse(target, out)
+    if push:
+        export.refuse_name(push)
+    made = export.export(resolve(model, device), out, target, dtype, device)
+    commit = export.push(made.folder, push, public=public) if push else None
+    if as_json:
+        print_json({"folder": str(made.folder), "bytes": made.bytes, "commit": commit})
+        return
+    typer.echo(commit or made.folder)
+    typer.echo(f"{made.bytes / 1e6:,.1f} MB of weights, {form}", err=True)
 
 
 @app.command()

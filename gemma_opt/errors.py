@@ -21,7 +21,8 @@
     │   ├── CorruptCheckpoint E3002
     │   ├── RecipeMismatch    E3003  the folder was built from another recipe
     │   ├── WeightsError      E3004  NaN, infinite or missing weights
-    │   └── StorageError      E3005  disk full, or a place that cannot be written
+    │   ├── StorageError      E3005  disk full, or a place that cannot be written
+    │   └── HubError          E3006  an export that could not be pushed
     └── EngineError           E4000
         ├── CompileError      E4001
         ├── EngineClosed      E4002
@@ -125,6 +126,10 @@ class WeightsError(CheckpointError):
 
 class StorageError(CheckpointError):
     code = "E3005"
+
+
+class HubError(CheckpointError):
+    code = "E3006"
 
 
 class EngineError(GemmaOptError):

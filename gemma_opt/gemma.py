@@ -204,6 +204,8 @@ def load_base(files: BaseFiles, dtype: torch.dtype, device: torch.device) -> Bas
     config = read_config(files.folder)
     if not files.weight_files():
         raise BaseModelError(f"{files.folder} has no .safetensors weights")
+    if getattr(config, "quantization_config", None):
+        raise BaseModelError(f"{files.folder} is quantized already, as an export is: name the model it was made from")
     try:
         loaded = model_class(config).from_pretrained(
             files.folder, config=config, dtype=dtype, device_map=device, output_loading_info=True, local_files_only=True

@@ -14,7 +14,7 @@ TIERS = {
     1: ("layout", "policy", "gemma", "fetching", "images", "prompt", "text", "calibration"),
     2: ("sparsity", "lowrank", "distill", "quantization", "inspection", "sizing", "workspace"),
     3: ("pipeline", "checkpoint", "engine"),
-    4: ("environment", "identity", "loading", "service", "cancellation", "request_inputs", "evaluation", "serving"),
+    4: ("environment", "identity", "loading", "service", "cancellation", "request_inputs", "evaluation", "export", "serving"),
     5: ("build", "report", "throughput"),
     6: ("terminal", "cli", "__main__"),
 }

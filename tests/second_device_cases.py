@@ -34,9 +34,11 @@ SPARSITY: dict[str, list[dict[str, object]]] = {
     "sparsegpt by row": [{"method": "sparsegpt", "ratio": 0.5, "pattern": "per_row"}],
     "sparsegpt 2:4, refined": [{"method": "sparsegpt", "ratio": 0.5, "pattern": "2:4", "refine": 3, "match": "dense"}],
     "admm 2:4": [{"method": "admm", "ratio": 0.5, "pattern": "2:4", "steps": 3, "refine": 3}],
+    "admm 2:4, block-wise": [{"method": "admm", "ratio": 0.5, "pattern": "2:4", "steps": 3, "block_epochs": 1}],
     "admm by sensitivity": [{"method": "admm", "ratio": 0.5, "allocation": "sensitivity", "steps": 3}],
     "sparsegpt by sensitivity": [{"method": "sparsegpt", "ratio": 0.5, "allocation": "sensitivity", "order": "one_shot"}],
     "compact": [{"method": "compact", "ratio": 0.25, "multiple": 4, "match": "dense"}],
+    "compact, block-wise": [{"method": "compact", "ratio": 0.25, "multiple": 4, "block_epochs": 1}],
     "compact, not refitted": [{"method": "compact", "ratio": 0.25, "multiple": 4, "compensate": False}],
     "compact, then global": [
         {"method": "compact", "ratio": 0.25, "multiple": 4},

@@ -16,12 +16,12 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP
 
 from gemma_opt import checkpoint, gemma, inspection, loading, pipeline
 from gemma_opt.build import build
-from gemma_opt.calibration import CalibrationData, Moments, Sample, Store, draw_samples
+from gemma_opt.calibration import CalibrationData, Moments, Sample, Store, draw_samples, walk_layers
 from gemma_opt.errors import NeedsBuild, PlanError, WeightsError
 from gemma_opt.policy import dropped_count, plan, plan_stages
 from gemma_opt.prompt import PromptEncoder, single_turn
 from gemma_opt.recipe import Recipe
-from gemma_opt.sparsity import masks, quadratic, scores, sparsify_, structured
+from gemma_opt.sparsity import blockwise, masks, quadratic, scores, sparsify_, structured
 from gemma_opt.sparsity.admm import admm
 from gemma_opt.sparsity.allocation import sensitivity_counts
 from gemma_opt.sparsity.sparsegpt import sparsegpt
@@ -331,6 +331,8 @@ def test_sequential_wanda_measures_behind_pruned_linears() -> None:
         ADMM,
         ADMM | {"pattern": "per_row", "order": "one_shot", "refine": 0},
         ADMM | {"pattern": "2:4", "match": "dense"},
+        ADMM | {"pattern": "2:4", "block_epochs": 2},
+        SPARSEGPT | {"order": "one_shot", "block_epochs": 1},
     ],
     ids=str,
 )
@@ -367,6 +369,45 @@ def test_each_lever_helps_on_the_calibration_data() -> None:
     dense = output_error(pruned(SPARSEGPT | {"refine": 20, "match": "dense"}))
     assert dense < refined < plain < min(wanda, magnitude)
     assert output_error(pruned(ADMM)) < refined
+
+
+@pytest.mark.parametrize("stage", [SPARSEGPT, ADMM | {"pattern": "2:4"}, COMPACT], ids=str)
+def test_layers_learn_to_give_what_they_gave(stage: dict[str, object]) -> None:
+    without, fitted = (output_error(pruned(stage | {"block_epochs": epochs})) for epochs in (0, 60))
+    assert fitted < 0.9 * without
+
+
+def test_block_fitting_keeps_zeros_and_never_does_harm() -> None:
+    model = small_text_model()
+    block = next(walk_layers(model, samples()))
+    names = [name for name in linears(model) if name.startswith(f"{block.name}.")]
+    dense = {name: model.get_parameter(f"{name}.weight").detach().clone() for name in names}
+    wanted = blockwise.outputs(block, dense)
+    assert blockwise.fit_block(block, dense, wanted, 2) == dense  # nothing to gain
+    sparse = {name: weight * (weight.abs() > weight.abs().median()) for name, weight in dense.items()}
+    fitted = blockwise.fit_block(block, sparse, wanted, 5)
+    for name, weight in fitted.items():
+        assert torch.equal(weight == 0, sparse[name] == 0)
+        assert torch.equal(model.get_parameter(f"{name}.weight"), dense[name])  # the model itself is left alone
+    before, after = (
+        sum(float((one - two).square().sum()) for one, two in zip(blockwise.outputs(block, weights), wanted, strict=True))
+        for weights in (sparse, fitted)
+    )
+    assert after < before
+
+
+def test_block_fitting_of_a_bfloat16_model_works_in_float32() -> None:
+    model = small_text_model().bfloat16()
+    block = next(walk_layers(model, samples()))
+    names = [name for name in linears(model) if name.startswith(f"{block.name}.")]
+    dense = {name: model.get_parameter(f"{name}.weight").detach().float() for name in names}
+    wanted = blockwise.outputs(block, dense)
+    assert {output.dtype for output in wanted} == {torch.float32}
+    sparse = {name: weight * (weight.abs() > weight.abs().median()) for name, weight in dense.items()}
+    fitted = blockwise.fit_block(block, sparse, wanted, 5)
+    assert {weight.dtype for weight in fitted.values()} == {torch.float32}
+    moved = [name for name in names if not torch.equal(fitted[name], sparse[name])]
+    assert moved == names
 
 
 def test_compact_takes_channels_out_of_gate_up_and_down_together() -> None:
@@ -439,7 +480,9 @@ class Killed(Exception):
         SPARSEGPT | {"order": "one_shot"},
         WANDA,
         ADMM,
+        ADMM | {"block_epochs": 2},
         COMPACT | {"match": "dense"},
+        COMPACT | {"block_epochs": 2, "order": "one_shot"},
     ],
     ids=str,
 )

@@ -22,6 +22,19 @@ def test_products_give_the_same_values() -> None:
     torch.testing.assert_close(product(one, other).double(), one.double().T @ other.double(), rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_are_the_same() -> None:
+    x, weight, slope = torch.randn(2, 7, 33), torch.randn(19, 33), torch.randn(2, 7, 19)
+    found: list[tuple[torch.Tensor, ...]] = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (x, weight)]
+        with OneDnnLinears():
+            output = functional.linear(*leaves)
+        found.append(torch.autograd.grad(output, leaves, slope.to(dtype)))
+        assert ("_Linear" in type(output.grad_fn).__name__) == (dtype == torch.float32)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-4)
+
+
 def test_gradients_and_other_types_pass_by() -> None:
     layer = torch.nn.Linear(8, 4)
     with OneDnnLinears():

@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from gemma_opt.calibration.samples import Sample
 from gemma_opt.gemma import GemmaModel, text_layers, weights_device
@@ -107,6 +108,20 @@ class Block:
                 seen = _inputs(self, state, arguments, list(names))
                 found = {name: (x, self._token_weight(name, x)) for name, x in seen.items()}
             yield found
+
+    def __len__(self) -> int:
+        """How many samples."""
+        return len(self._states)
+
+    def output(self, index: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """What the layer gives for one sample, float32 [1, tokens, hidden], with these weights in the place of its own.
+
+        weights: by the linears' names, float32; products are made in the model's precision.
+        """
+        state = self._states[index]
+        local = {f"{name.removeprefix(f'{self.name}.')}.weight": weight for name, weight in weights.items()}
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=state.dtype == torch.bfloat16):
+            return functional_call(self.layer, local, (state.float(),), dict(self._arguments[index]))
 
     @torch.no_grad()
     @with_onednn

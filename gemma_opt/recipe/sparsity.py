@@ -106,6 +106,14 @@ class _CalibratedStage(_Stage):
         return self
 
 
+BlockEpochs = Annotated[
+    int,
+    Field(
+        ge=0, le=100, description="passes over the data in which a layer's kept weights together learn what its dense self gave"
+    ),
+]
+
+
 class Wanda(_CalibratedStage):
     """Zero the smallest |W| · ‖x‖: weights count by what they are multiplied with. The kept weights stay as they are."""
 
@@ -118,13 +126,15 @@ class _Reconstruction(_CalibratedStage):
 
     damping: share of the mean of the Hessian's diagonal that is added to it. refine: conjugate-gradient steps on the kept
     weights once all masks are known. match: what a layer should give after pruning: its own dense output on the inputs it now
-    gets ("own"), or on those of the dense model ("dense", which makes up for earlier layers too).
+    gets ("own"), or on those of the dense model ("dense", which makes up for earlier layers too). block_epochs: block-wise
+    fine-tuning at the end of each layer.
     """
 
     pattern: Literal["per_layer", "per_row"] | NM = "per_layer"
     damping: float = Field(default=0.01, gt=0, le=1)
     refine: int = Field(default=0, ge=0, le=1000)
     match: Literal["own", "dense"] = "own"
+    block_epochs: BlockEpochs = 0
 
 
 class SparseGPT(_Reconstruction):
@@ -148,7 +158,7 @@ class Compact(Section):
     """Take whole MLP channels out of gate, up and down: a smaller and faster model of the same architecture.
 
     ratio: of channels removed; what is kept is rounded to the nearest `multiple`, the same in every layer. compensate:
-    refit the kept columns of down to the dense layer's output. `match`, `damping`, `order`: as in SparseGPT.
+    refit the kept columns of down to the dense layer's output. `match`, `damping`, `order`, `block_epochs`: as in SparseGPT.
     """
 
     needs_data: ClassVar[bool] = True
@@ -161,6 +171,7 @@ class Compact(Section):
     damping: float = Field(default=0.01, gt=0, le=1)
     match: Literal["own", "dense"] = "own"
     order: Order = "sequential"
+    block_epochs: BlockEpochs = 0
 
 
 SparsityStage = Annotated[

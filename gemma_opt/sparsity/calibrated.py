@@ -13,12 +13,12 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from gemma_opt.calibration import CalibrationData, Moments, Sensitivity, measure_sensitivity, walk_layers
+from gemma_opt.calibration import Block, CalibrationData, Moments, Sensitivity, measure_sensitivity, walk_layers
 from gemma_opt.errors import PlanError
 from gemma_opt.gemma import GemmaModel
 from gemma_opt.policy import Role, dropped_count, kept_channels, pool_size, role_of
 from gemma_opt.recipe import ADMM, Compact, SparseGPT, Wanda, parse_n_m
-from gemma_opt.sparsity import masks, quadratic, scores, structured
+from gemma_opt.sparsity import blockwise, masks, quadratic, scores, structured
 from gemma_opt.sparsity.admm import admm
 from gemma_opt.sparsity.allocation import sensitivity_counts
 from gemma_opt.sparsity.apply import _Drop, _prune_, _Run
@@ -94,7 +94,13 @@ def _(stage: Compact, run: _Run) -> dict[str, _Drop]:
         return {gate: run.weights[gate].detach()[kept], up: run.weights[up].detach()[kept], name: narrow}
 
     _layer_by_layer_(
-        stage, run, change, measured=down_names, full=stage.compensate, follow_dense=stage.compensate and stage.match == "dense"
+        stage,
+        run,
+        change,
+        measured=down_names,
+        full=stage.compensate,
+        follow_dense=stage.compensate and stage.match == "dense",
+        epochs=stage.block_epochs,
     )
     _need(run)[0].config.get_text_config().intermediate_size = keep  # what rebuilds the model from its checkpoint
     return {name: _Drop(stage.ratio, size // width * (width - keep)) for name, size in sizes.items()}
@@ -115,7 +121,7 @@ def _reconstruct_(stage: SparseGPT | ADMM, run: _Run, prune: Prune) -> dict[str,
         found = prune(wanted, problem, count, sensitivity[name].gradient_square if sensitivity else None)
         return quadratic.refine(found, found != 0, wanted, problem.hessian, stage.refine) if stage.refine else found
 
-    _layer_by_layer_(stage, run, change, follow_dense=stage.match == "dense")
+    _layer_by_layer_(stage, run, change, follow_dense=stage.match == "dense", epochs=stage.block_epochs)
     return drops
 
 
@@ -127,16 +133,21 @@ def _layer_by_layer_(
     measured: Sequence[str] | None = None,
     full: bool = True,
     follow_dense: bool = False,
+    epochs: int = 0,
 ) -> None:
-    """Measure, change and pass on every decoder layer. measured: the linears that `change` asks about; None: all planned."""
+    """Measure, change and pass on every decoder layer. measured: the linears that `change` asks about; None: all planned.
+
+    epochs: of block-wise fine-tuning, once all of a layer has changed.
+    """
     model, data = _need(run)
     names, done = list(run.weights) if measured is None else measured, 0
     for block in walk_layers(model, data.samples, follow_dense=names if follow_dense else ()):
         finished = data.store.load(f"{stage.method}.{block.name}")
+        fit = _fitting(run, block, 0 if finished else epochs)
         if stage.order == "one_shot":
             moments = {} if finished else block.moments(names, full=full)
+            new = finished or fit(_merge([change(step, moments) for step in block.steps(names)]))
             block.advance()
-            new = finished or _merge([change(step, moments) for step in block.steps(names)])
             _set_all_(run, new)
         else:
             new = finished or {}
@@ -145,11 +156,27 @@ def _layer_by_layer_(
                 changed = change(step, block.moments(step, full=full))
                 _set_all_(run, changed)
                 new = new | changed
+            new = fit(new)
+            _set_all_(run, new)
             block.advance()
         if not finished:
             data.store.save(f"{stage.method}.{block.name}", {name: run.weights[name] for name in new})
         done += len(new)
         run.progress(done, len(run.weights), block.name)
+
+
+def _fitting(run: _Run, block: Block, epochs: int) -> Callable[[NewWeights], NewWeights]:
+    """What fine-tunes a layer's new weights to what the layer gives now, before it is changed."""
+    if not epochs:
+        return lambda new: new
+    names = [name for name in run.weights if name.startswith(f"{block.name}.")]
+    dense = blockwise.outputs(block, {name: run.weights[name].detach().float() for name in names})
+
+    def fit(new: NewWeights) -> NewWeights:
+        weights = {name: new.get(name, run.weights[name].detach()).float() for name in names}
+        return blockwise.fit_block(block, weights, dense, epochs)
+
+    return fit
 
 
 def _drops(stage: Wanda | SparseGPT | ADMM, run: _Run) -> tuple[dict[str, _Drop], dict[str, Sensitivity] | None]:

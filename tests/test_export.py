@@ -52,8 +52,9 @@ def source_of(chosen: Recipe, tmp_path: Path) -> loading.Source:
 
 def logits(model: gemma.GemmaModel) -> Tensor:
     prompt = PromptEncoder(processing(), 512).encode(single_turn("Which bar is tallest?", "", [chart()]))
+    inputs = oracle_inputs(model, prompt)
     with torch.inference_mode():
-        return model(**oracle_inputs(model, prompt)).logits
+        return model(**inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}).logits.float()
 
 
 def ours(source: loading.Source) -> Tensor:
@@ -138,6 +139,14 @@ def test_quantized_weights_stay_what_they_are(options: str, tmp_path: Path) -> N
     found = tensor_names(tmp_path / "out")
     stored = {dtype for name, dtype in found.items() if "gate_proj" in name and "scale" not in name and "shape" not in name}
     assert stored == {torch.float8_e4m3fn if options == "fp8" else torch.int32}
+
+
+@pytest.mark.parametrize("form", ExportFormat)
+@pytest.mark.parametrize("options", ["int8", "{format: int4, symmetric: true}"])
+def test_bfloat16_models_too(options: str, form: ExportFormat, tmp_path: Path) -> None:
+    source = loading.Source(recipe("small-int8", f"quantization.default={options}", "model.dtype=bfloat16"))
+    export(source, tmp_path / "out", form)
+    assert distance(theirs(tmp_path / "out"), ours(source)) < 0.01  # sums in another order, rounded to 8 bits
 
 
 @pytest.mark.parametrize("options", ["int8_dynamic", "int8_static", "fp8_dynamic", "fp8_static", "int8_dynamic_int4"])

@@ -39,25 +39,22 @@ def fit_block(block: Block, weights: Mapping[str, Tensor], wanted: Sequence[Tens
         return dict(weights)
     trained = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     kept = {name: weight != 0 for name, weight in weights.items()}
-    peaks = [RATE * float(weight[kept[name]].square().mean().sqrt()) for name, weight in weights.items()]
+    peaks = [RATE * _rms(weight) for weight in weights.values()]
     groups = [{"params": [weight], "lr": peak} for weight, peak in zip(trained.values(), peaks, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     batches = [batch for epoch in range(epochs) for batch in _batches(len(block), epoch)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, peaks, total_steps=len(batches), pct_start=WARM_UP, cycle_momentum=False
     )
-    with torch.enable_grad():
-        for batch in batches:
-            for index in batch:
-                loss = (block.output(index, trained) - wanted[index]).square().mean() / (before * len(batch))
-                for weight, gradient in zip(trained.values(), torch.autograd.grad(loss, list(trained.values())), strict=True):
-                    weight.grad = gradient if weight.grad is None else weight.grad + gradient
-            for name, weight in trained.items():
-                if weight.grad is not None:
-                    weight.grad *= kept[name]
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+    for batch in batches:
+        with torch.enable_grad():
+            errors = [(block.output(index, trained) - wanted[index]).square().mean() for index in batch]
+            loss = torch.stack(errors).mean() / before
+        gradients = torch.autograd.grad(loss, list(trained.values()))
+        for (name, weight), gradient in zip(trained.items(), gradients, strict=True):
+            weight.grad = gradient * kept[name]
+        optimizer.step()
+        schedule.step()
     found = {name: weight.detach() for name, weight in trained.items()}
     return found if _error(block, found, wanted) < before else dict(weights)
 
@@ -67,6 +64,11 @@ def _error(block: Block, weights: Mapping[str, Tensor], wanted: Sequence[Tensor]
     """Mean over the samples of the mean squared error."""
     errors = [(block.output(index, weights) - target).square().mean() for index, target in enumerate(wanted)]
     return float(torch.stack(errors).mean())
+
+
+def _rms(weight: Tensor) -> float:
+    """Root mean square of what is not zero."""
+    return float((weight.square().sum() / weight.count_nonzero().clamp(min=1)).sqrt())
 
 
 def _batches(samples: int, epoch: int) -> list[list[int]]:

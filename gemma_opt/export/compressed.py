@@ -1,8 +1,7 @@
 """Quantized text linears in the format of the compressed-tensors library, which vLLM and transformers read.
 
-Nothing is rounded anew: the same integers and scales, laid out its way. Weight-only integers are packed into int32, the
-others are stored as they are. The vision tower, the projector and the table are floats in such a folder: vLLM reads no int8
-table, and leaves Gemma 3's tower alone.
+Nothing is rounded anew: the same integers and scales, laid out its way. Weight-only integers and all of four bits are packed into
+int32, the others are stored as they are. Vision tower, projector and table are floats in such a folder, as is usual there.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Tree = dict[str, object]
 def refuse_missing() -> None:
     """Raises UsageError where the library is not installed."""
     if find_spec("compressed_tensors") is None:
-        raise UsageError(f"exporting to {PACKAGE} needs that library: pip install 'gemma-opt[export]'")
+        raise UsageError(f"{PACKAGE} is not installed: pip install '.[export]' in the repository's folder")
 
 
 def kept_roles(plan: Plan) -> dict[StoredFormat, list[Role]]:

@@ -11,7 +11,7 @@ from gemma_opt.gemma import GemmaModel
 from gemma_opt.lowrank import LowRankLinear
 from gemma_opt.quantization import Int8Embedding, QuantizedLinear
 
-# transformers renames modules from release to release and reads these names in all of them; vLLM reads no others.
+# transformers renames modules from release to release, and reads these names in all of them, as vLLM does.
 HUB_PREFIXES = (
     ("model.language_model.", "language_model.model."),
     ("model.vision_tower.vision_model.", "vision_tower.vision_model."),

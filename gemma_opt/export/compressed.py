@@ -1,7 +1,7 @@
 """Quantized text linears in the format of the compressed-tensors library, which vLLM and transformers read.
 
-Nothing is rounded anew: the same integers and scales, laid out its way. Weight-only integers and all of four bits are packed into
-int32, the others are stored as they are. Vision tower, projector and table are floats in such a folder, as is usual there.
+Nothing is rounded anew: the same integers and scales, laid out its way. Weight-only integers, and all of four bits, are packed
+into int32; the others are stored as they are. Vision tower, projector and table are floats in such a folder, as is usual there.
 """
 
 from __future__ import annotations

@@ -282,8 +282,11 @@ def export_(
     model: Model,
     out: Annotated[Path, typer.Option(file_okay=False, help="New folder.")],
     form: Annotated[
-        Literal["transformers", "compressed-tensors"],
-        typer.Option("--format", help="Every weight as floats; or text linears as they are quantized, which vLLM reads too."),
+        Literal["transformers", "compressed-tensors", "executorch"],
+        typer.Option(
+            "--format",
+            help="Every weight as floats; text linears as they are quantized, for vLLM too; or a .pte program of text.",
+        ),
     ] = "transformers",
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None, typer.Option(help="Of all floats.", show_default="the recipe's")
@@ -293,7 +296,7 @@ def export_(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Write a folder that plain transformers loads, or vLLM. With --push the only verb that uploads."""
+    """Write a folder for plain transformers, vLLM or ExecuTorch. With --push the only verb that uploads."""
     from gemma_opt import export
     from gemma_opt.loading import resolve
 
@@ -307,7 +310,7 @@ def export_(
         print_json({"folder": str(made.folder), "bytes": made.bytes, "commit": commit})
         return
     typer.echo(commit or made.folder)
-    typer.echo(f"{made.bytes / 1e6:,.1f} MB of weights, {form}", err=True)
+    typer.echo(f"{made.bytes / 1e6:,.1f} MB, {form}", err=True)
 
 
 @app.command()

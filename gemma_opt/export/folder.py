@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from gemma_opt import checkpoint
 from gemma_opt.errors import UsageError
 from gemma_opt.export import compressed
-from gemma_opt.export.card import card
+from gemma_opt.export.card import card, program_card
 from gemma_opt.export.tensors import hub_tensors
 from gemma_opt.gemma import DTYPES
 from gemma_opt.loading import Ready, Source, open_model
@@ -28,15 +29,16 @@ SPARE_BYTES = 64 * 10**6  # tokenizer, configs
 
 
 class ExportFormat(StrEnum):
-    """transformers: every weight as floats. compressed-tensors: quantized text linears stay quantized."""
+    """transformers: all weights as floats. compressed-tensors: quantized text linears stay quantized. executorch: a program."""
 
     TRANSFORMERS = "transformers"
     COMPRESSED_TENSORS = "compressed-tensors"
+    EXECUTORCH = "executorch"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. bytes: of the weights."""
+    """What was written. bytes: of the weights, or of the program."""
 
     folder: Path
     bytes: int
@@ -48,16 +50,20 @@ def refuse(form: ExportFormat, out: Path) -> None:
         raise UsageError(f"{out} exists, and an export replaces nothing: choose another --out")
     if form is ExportFormat.COMPRESSED_TENSORS:
         compressed.refuse_missing()
+    elif form is ExportFormat.EXECUTORCH:
+        import_module("gemma_opt.export.executorch")  # which raises UsageError where the library is missing
 
 
 def export(source: Source, out: Path, form: ExportFormat, dtype: str | None = None, device: str | None = None) -> Exported:
     """Write a model into the new folder `out`, for other programs.
 
-    dtype: of everything that is stored as floats, and in which the model will compute; by default the recipe's. Needs memory
-    for these beside the model. Raises UsageError, CheckpointError; then there is no `out`.
+    dtype: of everything that is stored as floats, and in which the model will compute; by default the recipe's (a program's
+    floats are float32). Needs memory for these beside the model. Raises UsageError, CheckpointError; then there is no `out`.
     """
     refuse(form, out)
     ready = open_model(source, device)
+    if form is ExportFormat.EXECUTORCH:
+        return _export_program(ready, _base_of(source), out)
     floats = DTYPES[dtype or ready.recipe.model.dtype]
     config: Any = copy.deepcopy(ready.model.config)
     config.architectures, config.dtype = [type(ready.model).__name__], floats
@@ -76,6 +82,18 @@ def export(source: Source, out: Path, form: ExportFormat, dtype: str | None = No
         save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD)
         for file in folder.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes for the owner alone
+    return Exported(out, size)
+
+
+def _export_program(ready: Ready, base: BaseModelSection, out: Path) -> Exported:
+    from gemma_opt.export import executorch
+
+    at_most = 4 * sum(row.parameters for row in ready.plan.rows)
+    with staging(out, at_most + SPARE_BYTES) as folder, storage_errors(out):
+        executorch.write_program(ready.model, ready.context, folder)
+        ready.processing.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(program_card(ready, base), "utf-8")
+        size = (folder / executorch.PROGRAM).stat().st_size
     return Exported(out, size)
 
 

@@ -30,6 +30,7 @@ STAGES = {
     "compact": {"method": "compact", "ratio": 0.25, "match": "dense"},
     "sparsegpt": {"method": "sparsegpt", "ratio": 0.5, "pattern": "2:4", "match": "dense", "refine": 5},
     "admm": {"method": "admm", "ratio": 0.5, "pattern": "2:4", "steps": 2, "refine": 5},
+    "admm-block": {"method": "admm", "ratio": 0.5, "pattern": "2:4", "steps": 2, "refine": 5, "block_epochs": 1},
 }
 
 
@@ -51,6 +52,7 @@ def main() -> None:
     rest = (LAYERS - arguments.layers) * LAYER_BYTES + VISION_BYTES
     more_states = 2 * (128 - arguments.windows) * 512 * HIDDEN * 2  # hidden states of both streams, bfloat16
     inputs = (128 - arguments.windows) * 512 * (HIDDEN * 2 + 2048 + 10_240) * 2  # one layer's dense inputs
+    outputs = (128 - arguments.windows) * 512 * HIDDEN * 4 if "block_epochs" in STAGES[arguments.stage] else 0  # float32
     result = {
         "stage": STAGES[arguments.stage],
         "layers": arguments.layers,
@@ -58,7 +60,7 @@ def main() -> None:
         "seconds": round(time.monotonic() - started),
         "loaded_bytes": loaded,
         "peak_bytes": peak,
-        "computed_for_34_layers_vision_and_128_windows_bytes": peak + rest + more_states + inputs,
+        "computed_for_34_layers_vision_and_128_windows_bytes": peak + rest + more_states + inputs + outputs,
         "versions": checkpoint.versions(),
     }
     known = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}

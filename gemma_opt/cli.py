@@ -301,7 +301,7 @@ def export_(
     from gemma_opt.loading import resolve
 
     target = export.ExportFormat(form)
-    export.refuse(target, out)
+    export.refuse(target, out, dtype)
     if push:
         export.refuse_name(push)
     made = export.export(resolve(model, device), out, target, dtype, device)

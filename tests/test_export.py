@@ -201,6 +201,9 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no quantized text linears"):
         export(loading.Source(recipe("small-bf16")), tmp_path / "out", PACKED)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(UsageError, match="floats are float32"):
+        export(loading.Source(recipe("small-bf16")), tmp_path / "out", ExportFormat.EXECUTORCH, "bfloat16")
+    assert not list(tmp_path.iterdir())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="replaces nothing"):

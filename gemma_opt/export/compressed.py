@@ -6,25 +6,21 @@ into int32; the others are stored as they are. Vision tower, projector and table
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 import torch
 
 from gemma_opt.errors import UsageError
 from gemma_opt.export.tensors import Stored
-from gemma_opt.policy import Plan, PlanRow, Role
+from gemma_opt.policy import Plan
 from gemma_opt.quantization import Int4Linear, Int8Linear, QuantizedLinear
 from gemma_opt.quantization.grid import SYMMETRIC_ZERO, unpack_nibbles
 from gemma_opt.quantization.linear import RowsLinear
-from gemma_opt.recipe import FLOATS, FP8_FORMATS, Int4, Int8, Int8DynamicInt4, StoredFormat
+from gemma_opt.recipe import FLOATS, FP8_FORMATS, TEXT_ROLES, Int4, Int8, Int8DynamicInt4, StoredFormat
 
 PACKAGE = "compressed-tensors"
 NEVER = ("re:.*vision_tower.*", "re:.*multi_modal_projector.*", "lm_head")
-_LEAVES = {
-    Role.QUERY: "q_proj", Role.KEY: "k_proj", Role.VALUE: "v_proj", Role.OUTPUT: "o_proj",
-    Role.GATE: "gate_proj", Role.UP: "up_proj", Role.DOWN: "down_proj",
-}  # fmt: skip
 
 Tree = dict[str, object]
 
@@ -35,48 +31,46 @@ def refuse_missing() -> None:
         raise UsageError(f"{PACKAGE} is not installed: pip install '.[export]' in the repository's folder")
 
 
-def kept_roles(plan: Plan) -> dict[StoredFormat, list[Role]]:
-    """Format → the text roles that keep it. What low rank has split is multiplied out again, and so kept by none."""
-    kept: dict[StoredFormat, list[Role]] = {}
-    for role in _LEAVES:
-        rows = [row for row in plan.rows if row.role is role]
-        if rows and all(_kept(row) for row in rows):
-            kept.setdefault(rows[0].format, []).append(role)
+def kept_formats(plan: Plan) -> dict[str, StoredFormat | None]:
+    """Last name of every text linear (`q_proj`, …) → the format that it keeps, or None: floats, as what low rank had split."""
+    kept: dict[str, StoredFormat | None] = {}
+    for row in plan.rows:
+        if row.role in TEXT_ROLES:
+            linear = row.name.removesuffix(".left").removesuffix(".right")
+            is_float = isinstance(row.format, FLOATS) or linear != row.name
+            kept[linear.rpartition(".")[2]] = None if is_float else row.format
     return kept
-
-
-def _kept(row: PlanRow) -> bool:
-    return not isinstance(row.format, FLOATS) and not row.name.endswith((".left", ".right"))
 
 
 def transformers_must_dequantize(plan: Plan) -> bool:
     """Whether transformers (5.23) cannot load such a folder as it is: it expects zero points that are not packed."""
-    return any(isinstance(stored, Int4 | Int8DynamicInt4) and not stored.symmetric for stored in kept_roles(plan))
+    kept = kept_formats(plan).values()
+    return any(isinstance(stored, Int4 | Int8DynamicInt4) and not stored.symmetric for stored in kept)
 
 
 def config_of(plan: Plan) -> Tree:
     """The `quantization_config` of config.json. Raises UsageError where no text linear is quantized."""
     from compressed_tensors.quantization import QuantizationConfig
 
-    kept = kept_roles(plan)
-    if not kept:
+    kept = kept_formats(plan)
+    formats = list(dict.fromkeys(stored for stored in kept.values() if stored is not None))
+    if not formats:
         raise UsageError(f"this model has no quantized text linears: export it with --format transformers, not {PACKAGE}")
     groups = {
         f"group_{number}": {
-            "targets": _patterns(roles),
+            "targets": _patterns(kept, stored),
             "weights": _weights(stored),
             "input_activations": _inputs(stored),
             "format": _layout(stored),
         }
-        for number, (stored, roles) in enumerate(kept.items())
+        for number, stored in enumerate(formats)
     }
-    layouts = {_layout(stored) for stored in kept}
-    quantized = {role for roles in kept.values() for role in roles}
+    layouts = {_layout(stored) for stored in formats}
     tree: Tree = {
         "config_groups": groups,
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "ignore": [*NEVER, *_patterns([role for role in _LEAVES if role not in quantized])],
+        "ignore": [*NEVER, *_patterns(kept, None)],
     }
     return QuantizationConfig.model_validate(tree).model_dump(mode="json")
 
@@ -112,8 +106,8 @@ def _shape(linear: QuantizedLinear) -> Stored:
     return {"weight_shape": torch.tensor([linear.out_features, linear.in_features])}
 
 
-def _patterns(roles: Sequence[Role]) -> list[str]:
-    return [f"re:.*{_LEAVES[role]}$" for role in roles]
+def _patterns(kept: Mapping[str, StoredFormat | None], wanted: StoredFormat | None) -> list[str]:
+    return [f"re:.*{name}$" for name, stored in kept.items() if stored == wanted]
 
 
 def _layout(stored: StoredFormat) -> str:

@@ -18,11 +18,10 @@ from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 from gemma_opt.errors import UsageError
-from gemma_opt.export.tensors import Stored, weight_of
+from gemma_opt.export.tensors import Stored, weight_of, weight_owners
 from gemma_opt.gemma import GemmaConfig, GemmaModel, empty_model, stop_token_ids
 from gemma_opt.lowrank import LowRankLinear
 from gemma_opt.quantization import Int4Linear, Int8Embedding, Int8Linear, QuantizedLinear
-from gemma_opt.quantization.grid import SYMMETRIC_ZERO, unpack_nibbles
 
 try:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # pyright: ignore[reportMissingImports] an extra
@@ -85,12 +84,8 @@ def _decoder(model: GemmaModel) -> GemmaModel:
     config.tie_word_embeddings, config._attn_implementation = False, "sdpa"
     decoder = empty_model(config, torch.float32)
     weights: Stored = {}
-    done: list[str] = []
-    for name, module in cast(nn.Module, model.get_decoder()).named_modules():
-        if any(name.startswith(f"{parent}.") for parent in done):
-            continue
+    for name, module in weight_owners(cast(nn.Module, model.get_decoder())):
         if isinstance(module, QuantizedLinear | LowRankLinear):
-            done.append(name)
             weights[f"model.{name}.weight"] = _weight(module)
         elif isinstance(module, Int8Embedding):
             weights[f"model.{name}.weight"] = _rows(module.weight, module.weight_scale, dynamic=False)
@@ -115,8 +110,7 @@ def _weight(linear: nn.Module) -> Tensor:
         case Int8Linear(activation="int8_dynamic"):
             return _rows(linear.weight, linear.weight_scale, dynamic=True)
         case Int4Linear(activation="int8_dynamic", weight_zero=None):
-            steps = unpack_nibbles(linear.weight_packed).char() - SYMMETRIC_ZERO
-            return _intx(steps, linear.weight_scale.float(), _INT4, linear.group, dynamic=True)
+            return _intx(linear.steps().flatten(1), linear.weight_scale.float(), _INT4, linear.group, dynamic=True)
         case Int4Linear(activation="int8_dynamic"):
             raise UsageError("XNNPACK has no kernel for int4 with zero points: build it with {symmetric: true} in its format")
         case _:

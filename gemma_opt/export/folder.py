@@ -21,7 +21,7 @@ from gemma_opt.export.tensors import hub_tensors
 from gemma_opt.gemma import DTYPES
 from gemma_opt.loading import Ready, Source, open_model
 from gemma_opt.quantization import QuantizedLinear
-from gemma_opt.recipe import BaseModelSection
+from gemma_opt.recipe import TEXT_ROLES, BaseModelSection
 from gemma_opt.staging import staging, storage_errors
 
 MAX_SHARD = "4GB"
@@ -44,8 +44,10 @@ class Exported:
     bytes: int
 
 
-def refuse(form: ExportFormat, out: Path) -> None:
+def refuse(form: ExportFormat, out: Path, dtype: str | None = None) -> None:
     """What can be told before the model is loaded: a folder that is not empty, a library that is not there. UsageError."""
+    if form is ExportFormat.EXECUTORCH and dtype not in (None, "float32"):
+        raise UsageError(f"a program's floats are float32, not {dtype}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out} exists, and an export replaces nothing: choose another --out")
     if form is ExportFormat.COMPRESSED_TENSORS:
@@ -60,7 +62,7 @@ def export(source: Source, out: Path, form: ExportFormat, dtype: str | None = No
     dtype: of everything that is stored as floats, and in which the model will compute; by default the recipe's (a program's
     floats are float32). Needs memory for these beside the model. Raises UsageError, CheckpointError; then there is no `out`.
     """
-    refuse(form, out)
+    refuse(form, out, dtype)
     ready = open_model(source, device)
     if form is ExportFormat.EXECUTORCH:
         return _export_program(ready, _base_of(source), out)
@@ -109,9 +111,8 @@ def _base_of(source: Source) -> BaseModelSection:
 def _tensors(ready: Ready, form: ExportFormat, floats: torch.dtype) -> dict[str, Tensor]:
     if form is ExportFormat.TRANSFORMERS:
         return hub_tensors(ready.model, floats)
-    kept = {role for roles in compressed.kept_roles(ready.plan).values() for role in roles}
 
     def keep(name: str, linear: QuantizedLinear) -> dict[str, Tensor] | None:
-        return compressed.stored_tensors(linear, floats) if ready.plan[name].role in kept else None
+        return compressed.stored_tensors(linear, floats) if ready.plan[name].role in TEXT_ROLES else None
 
     return hub_tensors(ready.model, floats, keep)

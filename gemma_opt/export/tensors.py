@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,22 +39,27 @@ def hub_tensors(
     gives the tensors that a quantized linear keeps (its bias comes by itself).
     """
     found: Stored = {}
-    done: list[str] = [HEAD]
-    for name, module in model.named_modules():
-        if any(name == parent or name.startswith(f"{parent}.") for parent in done):
+    for name, module in weight_owners(model):
+        if name == HEAD:
             continue
         if isinstance(module, QuantizedLinear | LowRankLinear):
             kept = keep(name, module) if isinstance(module, QuantizedLinear) else None
             own = {"weight": weight_of(module).to(dtype)} if kept is None else kept
             if (bias := bias_of(module)) is not None:
                 own = own | {"bias": bias.to(dtype)}
-            done.append(name)
         elif isinstance(module, Int8Embedding):
             own = {"weight": module.dequantize().to(dtype)}
         else:
             own = {leaf: parameter.detach().to(dtype) for leaf, parameter in module.named_parameters(recurse=False)}
         found |= {hub_name(f"{name}.{leaf}"): tensor.cpu().contiguous() for leaf, tensor in own.items()}
     return found
+
+
+def weight_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by name; a linear that low rank has split comes as the one it was, without its factors."""
+    for name, module in model.named_modules():
+        if not isinstance(model.get_submodule(name.rpartition(".")[0]), LowRankLinear):
+            yield name, module
 
 
 def weight_of(linear: nn.Module) -> Tensor:
